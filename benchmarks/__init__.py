@@ -1,0 +1,1 @@
+"""Benchmarks of sparse_attn, run from the repository: `python -m benchmarks.squad`."""

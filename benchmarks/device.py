@@ -1,0 +1,67 @@
+"""Where a benchmark runs, and what that machine and code are called."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, by default the GPU if there is one. Raises ValueError for an absent GPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
+        raise ValueError(f"--device cuda: no GPU is available ({reason}); use --device cpu")
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until everything queued on `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_device(device: torch.device) -> str:
+    """For example "NVIDIA H200" or "AMD EPYC, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def commit() -> str | None:
+    """The commit of this checkout, ending in "-dirty" with uncommitted changes; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None if described.returncode == 0 else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide about results."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "sparse-attn", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,153 @@
+"""Compiles every shipped kernel configuration for GPUs without one: registers, spills, shared memory, matrix unit.
+
+    python -m benchmarks.kernel_report [--architectures 80 90 100] [--variants padded "3 bits"] [--json OUT]
+
+Needs Triton alone; TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_attn.kernels.configuration import ForwardConfig, shipped_forward_configs
+from sparse_attn.kernels.forward import forward_kernel
+from sparse_attn.kernels.launch import forward_constants
+from sparse_attn.layout import STOP_KEYS
+
+ARCHITECTURES = (80, 90, 100)
+# Shared memory that one block can have, in bytes, by compute capability.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+
+_POINTERS = {
+    "lse": "*fp32", "stops": "*i32", "columns": "*i32", "row_bits": "*i32", "levels": "*fp32",
+    "query_lengths": "*i32", "key_lengths": "*i32", "key_padding": "*u8", "cu_seqlens": "*i32", "seed": "*i64",
+}  # fmt: skip
+_FLOATS = ("scale_log2", "log2_threshold", "inverse_step", "dropout_factor")
+_VARIANTS = {
+    "plain": {},
+    "padded": dict(query_lengths=True, key_lengths=True, key_padding=True, store_lse=True),
+    "tile": dict(full=True, query_lengths=True, key_lengths=True),
+    "packed": dict(packed=True),
+    "3 bits": dict(levels=8, packed=True),
+    "causal, dropout": dict(causal=True, dropout=True, store_lse=True),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out for one configuration: registers and spilled bytes a thread, shared memory in bytes a block."""
+
+    kernel: str
+    variant: str
+    architecture: int
+    head_dim: int
+    dtype: str
+    config: ForwardConfig
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix_instructions: tuple[str, ...]
+
+
+def compile_forward(
+    head_dim: int, dtype: torch.dtype, config: ForwardConfig, variant: str, architecture: int
+) -> Compiled:
+    """Compiles the forward kernel for one configuration and reads the machine code."""
+    constants = forward_constants(head_dim, config, dtype, stop_keys=STOP_KEYS, **_VARIANTS[variant])
+    element = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    signature, divisible = {}, {}
+    for position, name in enumerate(forward_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("query", "key", "value", "output"):
+            signature[name] = element
+        elif name in _POINTERS:
+            signature[name] = _POINTERS[name]
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        elif name == "dropout_threshold":
+            signature[name] = "i64"
+        elif name.startswith("stride") and name.endswith("_dim"):
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+        if signature[name].startswith("*") or (name.startswith("stride") and "lse" not in name):
+            divisible[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(forward_kernel, signature, constants, divisible)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    registers, spilled = _resources(compiled.asm["cubin"])
+    return Compiled(
+        "forward", variant, architecture, head_dim, str(dtype).removeprefix("torch."), config, registers, spilled,
+        compiled.metadata.shared, _matrix_instructions(compiled.asm["ptx"]),
+    )  # fmt: skip
+
+
+def shipped(architectures: list[int], variants: list[str]) -> list[tuple]:
+    """Arguments of `compile_forward` for every shipped configuration; bfloat16, which differs from float16 in the
+    matrix instruction's type alone, for head_dim 64."""
+    jobs = []
+    for (head_dim, size), config in shipped_forward_configs().items():
+        types = [torch.float16, *([torch.bfloat16] if head_dim == 64 else [])] if size == 2 else [torch.float32]
+        jobs += [(head_dim, dtype, config, *rest) for dtype, *rest in product(types, variants, architectures)]
+    return jobs
+
+
+def compile_all(jobs: list[tuple], processes: int) -> list[Compiled]:
+    with ProcessPoolExecutor(processes) as pool:
+        return list(pool.map(compile_forward, *zip(*jobs, strict=True), chunksize=4))
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes a thread, from the machine code's own record."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+def _matrix_instructions(ptx: str) -> tuple[str, ...]:
+    return tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES), choices=SHARED_LIMIT)
+    parser.add_argument("--variants", nargs="+", default=list(_VARIANTS), choices=_VARIANTS)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results = compile_all(shipped(arguments.architectures, arguments.variants), arguments.processes)
+    print(
+        f"{'head_dim':>8} {'dtype':>9} {'variant':>16} {'sm':>4} {'registers':>9} {'spilled':>8} {'shared':>8}  matrix"
+    )
+    for one in results:
+        print(
+            f"{one.head_dim:8} {one.dtype:>9} {one.variant:>16} {one.architecture:4} {one.registers:9} "
+            f"{one.spilled_bytes:8} {one.shared_bytes:8}  {' '.join(one.matrix_instructions) or '-'}"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Time and peak memory of a repeated piece of work."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from .device import synchronize
+
+Result = TypeVar("Result")
+
+
+def timed_passes(
+    run_pass: Callable[[], Result], device: torch.device, repeats: int
+) -> tuple[list[float], Result]:
+    """Runs `run_pass` once to warm up, then `repeats` times.
+
+    Returns the seconds of each repeat, up to the end of all work on `device`, and the last result.
+    """
+    run_pass()
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        result = run_pass()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds, result
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forgets the allocator's peak on a GPU. Not every system lets a process do so: on a CPU it stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the peak of torch's allocator on a GPU, the peak resident size of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux carries ru_maxrss over from the parent that started this process; VmHWM is this process's own.
+    own = _process_status("VmHWM")
+    if own is not None:
+        return own
+    kilobytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
+
+
+def current_memory(device: torch.device) -> int | None:
+    """Bytes held now: by torch's allocator on a GPU, resident on a CPU (None if the system does not tell)."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _process_status("VmRSS")
+
+
+def _process_status(field: str) -> int | None:
+    status = Path(f"/proc/{os.getpid()}/status")
+    if not status.exists():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,151 @@
+"""Options of `python -m benchmarks.squad`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"benchmarks.squad: error: {message} (--help lists the options)\n")
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; a bad one ends the program with one line on stderr and exit status 2."""
+    parser = _OneLineParser(
+        prog="python -m benchmarks.squad",
+        description="Measures dense and sparse attention on SQuAD: exact match, F1, time and memory. "
+        "Without --model and --data it runs offline, on the packaged MiniLM and the project's own questions.",
+    )
+    _add_inputs(parser.add_argument_group("model and data"))
+    _add_mask(parser.add_argument_group("mask"))
+    _add_measurement(parser.add_argument_group("measurement"))
+    _add_training(parser.add_argument_group("fine-tuning"))
+    options = parser.parse_args(arguments)
+    options.cache = options.cache.expanduser()
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"argument --output: {options.output} is not a folder")
+    return options
+
+
+def _add_inputs(group) -> None:
+    group.add_argument("--model", help="folder or hub name of a question-answering model")
+    group.add_argument("--data", help="SQuAD v1.1 file, or hub name, to evaluate on")
+    group.add_argument("--train-data", help="SQuAD v1.1 file, or hub name, for averages and --finetune")
+    group.add_argument("--limit", type=_at_least(1), help="evaluate on the first questions only")
+    group.add_argument(
+        "--max-length",
+        type=_at_least(16),
+        default=384,
+        help="tokens of a window, and mask side (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stride",
+        type=_at_least(0),
+        default=128,
+        help="context tokens that windows share (default: %(default)s)",
+    )
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with --model")
+
+
+def _add_mask(group) -> None:
+    group.add_argument(
+        "--sparsity",
+        type=_sparsity,
+        default=0.9,
+        help="share of positions to prune, in [0, 1) (default: %(default)s)",
+    )
+    group.add_argument(
+        "--granularity",
+        choices=("element", "tile"),
+        default="element",
+        help="tile: 16 queries x 1 key together (default: %(default)s)",
+    )
+    group.add_argument(
+        "--bits",
+        type=_bits,
+        default=3,
+        help="1 to 8, or none: no row with rounded probabilities (default: %(default)s)",
+    )
+    group.add_argument("--mask", type=Path, help="file of a global mask, instead of collecting averages")
+
+
+def _add_measurement(group) -> None:
+    group.add_argument(
+        "--variants", type=_names, help="names of the rows to measure, by commas (default: all)"
+    )
+    group.add_argument("--batch-size", type=_at_least(1), default=32, help="windows (default: %(default)s)")
+    group.add_argument(
+        "--padding",
+        choices=("longest", "max"),
+        default="longest",
+        help="max: to --max-length (default: %(default)s)",
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    group.add_argument(
+        "--repeats",
+        type=_at_least(1),
+        default=3,
+        help="timed passes after one to warm up (default: %(default)s)",
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results/squad"),
+        help="folder for the results (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/sparse_attn"),
+        help="folder for fine-tuned models (default: %(default)s)",
+    )
+
+
+def _add_training(group) -> None:
+    group.add_argument(
+        "--finetune",
+        action="store_true",
+        help="train on --train-data, or on two thirds of the articles of --data: dense, then masked",
+    )
+    group.add_argument("--epochs", type=_at_least(1), default=4, help="(default: %(default)s)")
+    group.add_argument("--seed", type=_at_least(0), default=0, help="of training (default: %(default)s)")
+
+
+def _at_least(least: int):
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {least}")
+        return value
+
+    return number
+
+
+def _sparsity(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is outside [0, 1): the share of positions to prune")
+    return value
+
+
+def _bits(text: str) -> int | None:
+    if text == "none":
+        return None
+    if text not in tuple("12345678"):
+        raise argparse.ArgumentTypeError(f"{text!r} is outside 1 to 8; expected a width in bits, or none")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

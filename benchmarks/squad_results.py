@@ -1,0 +1,63 @@
+"""results.json, results.md and results.png of the SQuAD benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .device import commit, describe_device, versions
+from .squad_chart import draw
+from .squad_models import Models
+from .squad_setting import Setting
+from .squad_table import PUBLISHED, markdown
+
+
+def summary(setting: Setting, models: Models, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of results.json."""
+    options = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(setting.options).items()
+    }
+    checkpoints = {"dense": models.dense, "sparse": models.sparse}
+    return {
+        "device": describe_device(setting.device),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "arguments": options,
+        "model": setting.model_name,
+        "data": {
+            "name": setting.data_name,
+            "questions": len(setting.questions),
+            "windows": len(setting.windows),
+            "tokens": sum(len(window.input_ids) for window in setting.windows),
+        },
+        "averages_from": setting.averages_from,
+        "checkpoints": {
+            kind: {field: value for field, value in asdict(checkpoint).items() if field != "path"}
+            for kind, checkpoint in checkpoints.items()
+        },
+        "seconds": {"tokenisation": setting.tokenisation_seconds, **models.seconds},
+        "rows": rows,
+        "published": list(PUBLISHED),
+    }
+
+
+def write_results(results: dict[str, Any], folder: Path) -> None:
+    """Writes the three files; each is complete or not there at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
+    try:
+        (unfinished / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (unfinished / "results.md").write_text(markdown(results), encoding="utf-8")
+        draw(results, unfinished / "results.png")
+        for path in unfinished.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,114 @@
+"""The SQuAD table as rows, on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+COLUMNS = (
+    "variant",
+    "sparsity",
+    "granularity",
+    "bits",
+    "EM",
+    "F1",
+    "seconds",
+    "tokens/s",
+    "peak memory",
+    "speed-up",
+)
+PUBLISHED_LABEL = "published figures (another model, on another machine)"
+PUBLISHED = (
+    {
+        "variant": "published, dense",
+        "sparsity": 0.0,
+        "em": 81.02,
+        "f1": 88.63,
+        "seconds": 95.41,
+        "peak_memory_bytes": 6.85e9,
+    },
+    {
+        "variant": "published, pruned",
+        "sparsity": 0.9,
+        "em": 79.62,
+        "f1": 87.32,
+        "seconds": 86.44,
+        "peak_memory_bytes": 5.00e9,
+    },
+)
+_ABSENT = "–"
+
+
+def with_speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `speedup`: how many times as fast as the first row they are."""
+    return [{**row, "speedup": rows[0]["seconds"] / row["seconds"]} for row in rows]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row's texts, in the order of `COLUMNS`; a dash for what it does not have."""
+
+    def text(field: str, form: str) -> str:
+        value = row.get(field)
+        return _ABSENT if value is None else form.format(value)
+
+    memory = row.get("peak_memory_bytes")
+    return [
+        row["variant"],
+        text("sparsity", "{:.0%}"),
+        text("granularity", "{}"),
+        text("bits", "{}"),
+        text("em", "{:.2f}"),
+        text("f1", "{:.2f}"),
+        text("seconds", "{:.2f}" if row["seconds"] >= 1 else "{:.3f}"),
+        text("tokens_per_second", "{:,.0f}"),
+        _ABSENT if memory is None else f"{memory / 1e9:.2f} GB",
+        text("speedup", "{:.2f}x"),
+    ]
+
+
+def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Prints the rows, and the published ones under them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = f"The last two rows: {PUBLISHED_LABEL}."
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    table.add_section()
+    for row in with_speedups(PUBLISHED):
+        table.add_row(*cells(row), style="dim")
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width: never cut a cell
+        console = Console(width=200)
+    console.print(table)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as a page of Markdown."""
+    data, arguments = results["data"], results["arguments"]
+    lines = [
+        "# SQuAD",
+        "",
+        f"- Device: {results['device']}; commit {results['commit'] or 'unknown'}; {results['date']}",
+        f"- Model: {results['model']}; data: {data['name']}, {data['questions']} questions in "
+        f"{data['windows']} windows of {data['tokens']:,} tokens",
+        f"- {arguments['dtype']}, batches of {arguments['batch_size']}, sorted by length; seconds are the "
+        f"median of {arguments['repeats']} warm passes of the model",
+        f"- Averages from: {results['averages_from']}",
+        "",
+        *_markdown_table(results["rows"]),
+        "",
+        f"The {PUBLISHED_LABEL}:",
+        "",
+        *_markdown_table(with_speedups(PUBLISHED)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    alignment = ["---"] + ["---:"] * (len(COLUMNS) - 1)
+    return [f"| {' | '.join(line)} |" for line in (COLUMNS, alignment, *map(cells, rows))]

@@ -1,0 +1,43 @@
+"""Which configuration a kernel runs with: data in configurations.json, by head_dim and element size.
+
+This module needs no Triton, so that a backend can choose a layout for a kernel without importing it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """How the forward kernel is cut: `rows` queries a program, `columns` list entries a step."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def shipped_forward_configs() -> dict[tuple[int, int], ForwardConfig]:
+    """(largest head_dim, element bytes) -> configuration."""
+    entries = json.loads(Path(__file__).with_name("configurations.json").read_text())["forward"]
+    fields = ForwardConfig.__dataclass_fields__
+    return {
+        (entry["head_dim"], entry["element_bytes"]): ForwardConfig(**{name: entry[name] for name in fields})
+        for entry in entries
+    }
+
+
+def forward_config(head_dim: int, element_bytes: int) -> ForwardConfig:
+    """The configuration for the smallest shipped head_dim that holds `head_dim`."""
+    configs = shipped_forward_configs()
+    fitting = [size for size, size_bytes in configs if size_bytes == element_bytes and size >= head_dim]
+    if not fitting:
+        raise ValueError(f"no kernel configuration for head_dim {head_dim} with {element_bytes}-byte elements")
+    return configs[min(fitting), element_bytes]

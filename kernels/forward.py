@@ -1,0 +1,167 @@
+"""The forward kernel: a program owns one group of query rows of one head and walks the group's column list."""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LN_2,
+    dropout_factors,
+    finite_lse2,
+    load_rows,
+    round_to_levels,
+    row_bits_of,
+    softmax_step,
+)
+
+
+@triton.jit
+def list_scores(
+    q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, key_end, mask_rows, dims,
+    scale_log2,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FULL: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Base-2 scores of the list entries from `entry` on, -inf where not kept. -> [ROWS, COLUMNS], columns, column_ok"""
+    entries = entry + tl.arange(0, COLUMNS)
+    in_list = entries < list_end
+    column = tl.load(columns + entries, mask=in_list, other=0)
+    column_ok = in_list & (column < key_end)
+    if HAS_KEY_PADDING:
+        column_ok = column_ok & (tl.load(key_padding + column, mask=column_ok, other=0) != 0)
+    k = load_rows(key, column, column_ok, stride_key_row, dims, stride_key_dim, HEAD_DIM)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    kept = column_ok[None, :]
+    if not FULL:
+        kept = kept & row_bits_of(row_bits, entries, in_list, ROWS)
+    if CAUSAL:
+        kept = kept & (column[None, :] <= mask_rows[:, None])
+    return tl.where(kept, scores, float("-inf")), column, column_ok
+
+
+# Lengths change from call to call: no recompilation for them.
+@triton.jit(
+    do_not_specialize=["query_len", "key_len", "query_offset", "first_group", "stride_lse_batch", "stride_lse_head"]
+)
+def forward_kernel(
+    query, key, value, output, lse, stops, columns, row_bits, levels,
+    query_lengths, key_lengths, key_padding, cu_seqlens, seed,
+    stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
+    stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
+    stride_value_batch, stride_value_head, stride_value_row, stride_value_dim,
+    stride_output_batch, stride_output_head, stride_output_row,
+    stride_lse_batch, stride_lse_head,
+    heads, groups, key_blocks, query_len, key_len, query_offset, first_group,
+    scale_log2, log2_threshold, inverse_step, dropout_threshold, dropout_factor,
+    HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STOP_KEYS: tl.constexpr, LEVELS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr, HAS_KEY_PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o = Q(softmax(q k^T * scale over kept keys)) v for one row group.
+
+    Grid: (row groups, heads, sequences). Without rounding (LEVELS == 0) one pass of online softmax. With rounding the
+    normaliser comes first: a list of at most COLUMNS entries holds its scores, a longer one computes them twice.
+    """
+    group = first_group + tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    # Where this sequence starts and ends. Rows and keys are counted within the sequence.
+    first_token = tl.zeros([], dtype=tl.int64)
+    rows_end = query_len
+    keys_end = key_len
+    if PACKED:
+        first_token = tl.load(cu_seqlens + batch).to(tl.int64)
+        rows_end = (tl.load(cu_seqlens + batch + 1) - first_token).to(tl.int32)
+        keys_end = rows_end
+    rows_stored = rows_end
+    if HAS_QUERY_LENGTHS:
+        rows_end = tl.minimum(rows_end, tl.load(query_lengths + batch))
+    if HAS_KEY_LENGTHS:
+        keys_end = tl.minimum(keys_end, tl.load(key_lengths + batch))
+
+    mask_rows = group * ROWS + tl.arange(0, ROWS)
+    rows = mask_rows - query_offset
+    row_ok = (rows >= 0) & (rows < rows_end)
+    row_stored = (rows >= 0) & (rows < rows_stored)
+    dims = tl.arange(0, HEAD_BLOCK)
+
+    sequence = 0 if PACKED else batch
+    query += sequence * stride_query_batch + head * stride_query_head + first_token * stride_query_row
+    key += sequence * stride_key_batch + head * stride_key_head + first_token * stride_key_row
+    value += sequence * stride_value_batch + head * stride_value_head + first_token * stride_value_row
+    output += sequence * stride_output_batch + head * stride_output_head + first_token * stride_output_row
+    key_padding += batch * key_len
+    if PACKED:
+        row_numbers = (first_token + rows) * heads + head
+    else:
+        row_numbers = (batch * heads + head) * query_len + rows
+    seed_word = tl.zeros([], dtype=tl.uint32)
+    if DROPOUT:
+        seed_word = tl.load(seed).to(tl.uint32)
+
+    # The list of this group, up to the last key that any of its rows can see. No real row: an empty list.
+    if CAUSAL:
+        keys_end = tl.minimum(keys_end, (group + 1) * ROWS)
+    any_row = (group * ROWS - query_offset < rows_end) & (keys_end > 0)
+    stops += (head * groups + group) * (key_blocks + 1)
+    list_start = tl.load(stops)
+    list_end = tl.load(stops + tl.where(any_row, (keys_end + STOP_KEYS - 1) // STOP_KEYS, 0))
+
+    q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)  # [ROWS, HEAD_BLOCK]
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    accumulator = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
+
+    if LEVELS == 0:
+        for entry in tl.range(list_start, list_end, COLUMNS):
+            scores, column, column_ok = list_scores(
+                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
+                mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+            )  # fmt: skip
+            p, row_max, row_sum, correction = softmax_step(scores, row_max, row_sum)
+            if DROPOUT:
+                p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
+            v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+            accumulator = accumulator * correction[:, None]
+            accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
+        accumulator = accumulator / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+    elif list_end - list_start <= COLUMNS:
+        scores, column, column_ok = list_scores(
+            q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, list_start, list_end, keys_end,
+            mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+        )  # fmt: skip
+        _, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum)
+        p = round_to_levels(scores, finite_lse2(row_max, row_sum), log2_threshold, inverse_step, levels, LEVELS)
+        if DROPOUT:
+            p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
+        v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+        accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
+    else:
+        for entry in tl.range(list_start, list_end, COLUMNS):
+            scores, _, _ = list_scores(
+                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
+                mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+            )  # fmt: skip
+            _, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum)
+        lse2 = finite_lse2(row_max, row_sum)
+        for entry in tl.range(list_start, list_end, COLUMNS):
+            scores, column, column_ok = list_scores(
+                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
+                mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+            )  # fmt: skip
+            p = round_to_levels(scores, lse2, log2_threshold, inverse_step, levels, LEVELS)
+            if DROPOUT:
+                p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
+            v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+            accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
+
+    # Rows past the sequence's end may have seen a full list: they yield zeros and -inf like any row without keys.
+    accumulator = tl.where(row_ok[:, None], accumulator, 0.0)
+    pointers = output + rows[:, None] * stride_output_row + dims[None, :]
+    stored = row_stored[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(pointers, accumulator.to(output.dtype.element_ty), mask=stored)
+    if STORE_LSE:
+        row_lse = tl.where(row_ok & (row_sum > 0.0), (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
+        lse += sequence * stride_lse_batch + head * stride_lse_head + first_token
+        tl.store(lse + rows, row_lse, mask=row_stored)

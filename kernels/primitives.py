@@ -1,0 +1,73 @@
+"""Jitted pieces that kernels share: gathered loads, bit tests, softmax steps, rounding, dropout."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(base, rows, row_ok, stride_row, dims, stride_dim, HEAD_DIM: tl.constexpr):
+    """Rows of a [length, head_dim] matrix at `rows`, zeros where `row_ok` is false. -> [rows, dims]"""
+    pointers = base + rows[:, None] * stride_row + dims[None, :] * stride_dim
+    if dims.shape[0] == HEAD_DIM:
+        return tl.load(pointers, mask=row_ok[:, None], other=0.0)
+    return tl.load(pointers, mask=row_ok[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def row_bits_of(row_bits, entries, entry_ok, ROWS: tl.constexpr):
+    """Which rows of a group keep the columns at `entries`. -> bool [ROWS, entries]"""
+    WORDS: tl.constexpr = (ROWS + 31) // 32
+    row = tl.arange(0, ROWS)
+    words = tl.load(row_bits + entries * WORDS, mask=entry_ok, other=0)[None, :]
+    for word in tl.static_range(1, WORDS):
+        following = tl.load(row_bits + entries * WORDS + word, mask=entry_ok, other=0)[None, :]
+        words = tl.where((row // 32 == word)[:, None], following, words)
+    return ((words >> (row % 32)[:, None]) & 1) != 0
+
+
+@triton.jit
+def softmax_step(scores, row_max, row_sum):
+    """One step of the online softmax over base-2 scores [rows, columns], pruned ones -inf.
+
+    -> exponentials relative to the new maximum, the new maximum and sum, and the factor for what was accumulated.
+    A row without any kept column keeps the maximum -inf; 0 is subtracted there, so that nothing becomes NaN.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    exponentials = tl.exp2(scores - finite_max[:, None])
+    correction = tl.exp2(row_max - finite_max)
+    return exponentials, new_max, row_sum * correction + tl.sum(exponentials, 1), correction
+
+
+@triton.jit
+def finite_lse2(row_max, row_sum):
+    """Base-2 log-sum-exp of rows, 0 for rows without kept columns (their scores are -inf anyway)."""
+    return tl.where(row_sum > 0.0, row_max + tl.log2(row_sum), 0.0)
+
+
+@triton.jit
+def round_to_levels(scores, lse2, log2_threshold, inverse_step, levels, LEVELS: tl.constexpr):
+    """Rounded probabilities straight from base-2 scores: p = 2 ** (score - lse2), no exponential needed."""
+    position = (scores - lse2[:, None] - log2_threshold) * inverse_step
+    # The lower bound keeps -inf out of the integers.
+    level = tl.floor(tl.minimum(tl.maximum(position, -1.0), LEVELS - 2.0)).to(tl.int32) + 1
+    return tl.load(levels + level)
+
+
+@triton.jit
+def mix32(word):
+    """The hash of `sparse_attn.dropout.mix32` on uint32."""
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def dropout_factors(seed, row_numbers, columns, threshold, factor):
+    """0 where a probability is dropped and `factor` where not, as `sparse_attn.dropout` says. -> [rows, columns]"""
+    row_words = mix32(row_numbers.to(tl.uint32) * 0x9E3779B1 + seed)
+    words = mix32(row_words[:, None] + columns.to(tl.uint32)[None, :] * 0x85EBCA77)
+    return tl.where(words >= threshold, factor, 0.0)

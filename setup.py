@@ -1,0 +1,66 @@
+"""Builds sparse_attn._C where there are a C++ compiler and torch; pyproject.toml declares everything else."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that the extension loads into
+PYTHON_TAG = "cp310"
+
+
+def missing_for_extension() -> str | None:
+    """Says what the extension cannot be built without, or returns None where everything is there."""
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"the build cannot import torch ({error}); install torch, then use --no-build-isolation"
+    if os.name == "nt":
+        return None
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        if shutil.which(candidate.split()[0]):
+            os.environ["CXX"] = candidate
+            os.environ.setdefault("CC", candidate)
+            return None
+    return f"no C++ compiler was found (looked for {', '.join(candidates)})"
+
+
+def extension_arguments() -> dict:
+    """The setup() arguments that build csrc/ into one abi3 module on torch's stable ABI."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    extension = CppExtension(
+        "sparse_attn._C",
+        sources,
+        depends=headers,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        extra_compile_args=[] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-Wall"],
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
+    }
+
+
+missing = missing_for_extension()
+if missing:
+    print(
+        f"sparse_attn: installing without the C++ extension: {missing}. "
+        "Everything works; what the extension does falls back to slower Python.",
+        file=sys.stderr,
+    )
+
+setup(
+    packages=[*find_packages(include=["sparse_attn", "sparse_attn.*"]), "sparse_attn.kernels"],
+    package_dir={"sparse_attn.kernels": "kernels"},
+    package_data={"": ["*.json"]},
+    **({} if missing else extension_arguments()),
+)

@@ -1,0 +1,33 @@
+"""Attention over global masks: collect a model's average attention, keep what matters, run kernels that skip the rest.
+
+averages = collect_averages(model, batches)
+mask = GlobalMask.from_averages(averages, sparsity=0.9)
+patch_bert(model, mask, bits=3)
+"""
+
+from .attention import sparse_attention
+from .averages import AttentionAverages
+from .integrations.collection import collect_averages
+from .integrations.transformers import is_patched, patch_bert, patched, unpatch
+from .layout import SparseLayout
+from .masks import GlobalMask
+from .published import load_published_averages
+from .quantization import QuantizationTable, log_table, quantize
+from .version import __version__
+
+__all__ = [
+    "AttentionAverages",
+    "GlobalMask",
+    "QuantizationTable",
+    "SparseLayout",
+    "__version__",
+    "collect_averages",
+    "is_patched",
+    "load_published_averages",
+    "log_table",
+    "patch_bert",
+    "patched",
+    "quantize",
+    "sparse_attention",
+    "unpatch",
+]

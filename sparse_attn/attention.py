@@ -1,0 +1,187 @@
+"""`sparse_attention`: checks what the arguments mean, picks a backend, calls the operator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .backends import AUTOMATIC, BACKENDS, reference
+from .layout import SparseLayout
+from .ops import AttentionCall, run
+from .quantization import QuantizationTable, as_table
+from .validation import batch_tensor, check_call, check_packed_length, longest_sequence
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SparseLayout,
+    *,
+    scale: float | None = None,
+    bits: int | QuantizationTable | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    causal: bool = False,
+    query_offset: int = 0,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention that computes only what a global mask keeps, and rounds probabilities on the way.
+
+    Position (i, j) is kept if mask[head, i + query_offset, j], key j is not padding (and not after the query, if
+    causal). The softmax goes over kept keys; a row without any yields zeros and lse -inf.
+
+    Args:
+        query: [batch, heads, query_len, head_dim], or packed [tokens, heads, head_dim]. float16, bfloat16, float32,
+            or float64 (reference backend).
+        key, value: [batch, heads, key_len, head_dim], or packed like the query.
+        layout: a layer's compiled mask (`GlobalMask.layout`), on the device of the query. Shorter inputs use its
+            top-left corner.
+        scale: factor on the scores; head_dim ** -0.5 by default.
+        bits: 1 to 8 rounds probabilities to 2 ** bits levels of the published log-scale table (Ji et al. 2021); or a
+            QuantizationTable; None does not round. Gradients pass straight through.
+        query_lengths, key_lengths: int [batch]; rows and keys from there on are padding. Padding rows yield zeros.
+        key_padding_mask: bool [batch, key_len], false = padding, for padding elsewhere than at the end.
+        cu_seqlens: int32 [sequences + 1], cumulative lengths of packed sequences, starting with 0.
+        max_length: the longest packed sequence, or more, where the caller knows it; otherwise the call waits for the
+            device to tell.
+        causal: no query looks at keys after its absolute position.
+        query_offset: absolute position of the first query, for decoding with a key-value cache.
+        dropout: share of probabilities dropped; the seed comes from torch's generator.
+        return_lse: also return the log-sum-exp of each row's kept scores, float32 [batch, heads, query_len], or
+            [heads, tokens] when packed. It carries no gradient.
+        backend: "triton", "torch", "reference", or "auto" for the fastest that can. A named backend runs or raises.
+
+    Returns:
+        Tensor in the shape and dtype of the query, or (tensor, lse).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or lengths that do not fit; each named with what was expected.
+        RuntimeError: the named backend cannot compute this; its reasons are listed.
+    """
+    call = _checked_call(
+        query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, cu_seqlens, max_length,
+        causal, query_offset, dropout,
+    )  # fmt: skip
+    training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    chosen = choose_backend(call, training, backend)
+    tensors, sizes = chosen.layout_arguments(layout, query.shape[-1], query.dtype)
+    need_lse = return_lse or (training and chosen.BACKWARD_USES_LSE)
+    output, lse = run(replace(call, layout=tensors, layout_sizes=sizes, need_lse=need_lse), chosen.NAME)
+    return (output, lse) if return_lse else output
+
+
+def attention_probabilities(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SparseLayout,
+    *,
+    scale: float | None = None,
+    bits: int | QuantizationTable | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    causal: bool = False,
+    query_offset: int = 0,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """What `sparse_attention` computes, together with its probabilities, for looking at them.
+
+    Arguments are those of `sparse_attention` for padded tensors. It materialises all probabilities and is as slow as
+    dense attention.
+
+    Returns:
+        The output, and the probabilities as used (after pruning, rounding and dropout) in the dtype of the query:
+        [batch, heads, query_len, key_len]. Both carry gradients.
+    """
+    call = _checked_call(
+        query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, None, None,
+        causal, query_offset, dropout,
+    )  # fmt: skip
+    tensors, sizes = reference.layout_arguments(layout, query.shape[-1], query.dtype)
+    attended = reference.attend(replace(call, layout=tensors, layout_sizes=sizes), reference.padded_row_numbers(query))
+    return attended.output, attended.used.to(query.dtype)
+
+
+def prepare(layout: SparseLayout, head_dim: int, dtype: torch.dtype, backend: str = "auto") -> None:
+    """Compiles what `backend` needs of `layout` ahead of the first call, for example before tracing it.
+
+    Raises ValueError for an unknown backend.
+    """
+    _check_backend(backend)
+    first_choice = _automatic(layout.device)[0] if backend == "auto" else BACKENDS[backend]
+    first_choice.layout_arguments(layout, head_dim, dtype)
+
+
+def _checked_call(
+    query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, cu_seqlens, max_length,
+    causal, query_offset, dropout,
+) -> AttentionCall:  # fmt: skip
+    check_call(query, key, value, layout, cu_seqlens, query_offset)
+    if cu_seqlens is not None:
+        if not (query_lengths is key_lengths is key_padding_mask is None):
+            raise ValueError("cu_seqlens describes sequences without padding; leave lengths and padding masks out")
+        max_length = longest_sequence(cu_seqlens, query.shape[0]) if max_length is None else max_length
+        check_packed_length(max_length, query_offset, layout)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}, expected a share in [0, 1)")
+    batch = query.shape[0]
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        layout=[],
+        layout_sizes=(),
+        query_lengths=batch_tensor("query_lengths", query_lengths, (batch,), query.device),
+        key_lengths=batch_tensor("key_lengths", key_lengths, (batch,), query.device),
+        key_padding=batch_tensor("key_padding_mask", key_padding_mask, (batch, key.shape[-2]), query.device),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int32),
+        max_length=0 if cu_seqlens is None else max_length,
+        seed=torch.randint(2**32, (1,), device=query.device) if dropout > 0 else None,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        table=as_table(bits),
+        causal=causal,
+        query_offset=query_offset,
+        dropout=dropout,
+        need_lse=False,
+    )
+
+
+def _automatic(device: torch.device) -> tuple[ModuleType, ...]:
+    return AUTOMATIC.get(device.type, AUTOMATIC["cpu"])
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
+
+
+def choose_backend(call: AttentionCall, training: bool, backend: str) -> ModuleType:
+    """The backend that will compute `call`: the one named, or the first one that can for "auto"."""
+    _check_backend(backend)
+    candidates = _automatic(call.query.device) if backend == "auto" else (BACKENDS[backend],)
+    refusals = {}
+    for candidate in candidates:
+        refusals[candidate.NAME] = candidate.unsupported(call, training)
+        if not refusals[candidate.NAME]:
+            return candidate
+    reasons = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items())
+    raise RuntimeError(f"cannot compute attention for {describe(call)} with backend {backend!r}. {reasons}")
+
+
+def describe(call: AttentionCall) -> str:
+    """What an error says about a call."""
+    query, key = call.query, call.key
+    parts = [f"query {tuple(query.shape)}", f"key {tuple(key.shape)}", str(query.dtype), f"on {query.device}"]
+    parts += [f"bits {call.table.bits}"] if call.table else []
+    parts += ["packed"] if call.packed else []
+    return ", ".join(parts)

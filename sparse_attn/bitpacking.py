@@ -1,0 +1,100 @@
+"""Boolean masks as bits: bit i % 8 of byte i // 8 is element i of the flattened mask."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+
+import numpy as np
+import torch
+
+from . import extension
+
+torch.library.define("sparse_attn::pack_bits", "(Tensor mask) -> Tensor")
+torch.library.define("sparse_attn::unpack_bits", "(Tensor packed, int count) -> Tensor")
+_warning = threading.Lock()
+
+
+@torch.library.register_fake("sparse_attn::pack_bits")
+def _(mask: torch.Tensor) -> torch.Tensor:
+    return mask.new_empty([(mask.numel() + 7) // 8], dtype=torch.uint8)
+
+
+@torch.library.register_fake("sparse_attn::unpack_bits")
+def _(packed: torch.Tensor, count: int) -> torch.Tensor:
+    return packed.new_empty([count], dtype=torch.bool)
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Packs a mask into bits.
+
+    Args:
+        mask: bool, any shape and strides, on the CPU.
+
+    Returns:
+        uint8 [ceil(mask.numel() / 8)]; unused bits of the last byte are 0.
+
+    Raises:
+        TypeError: the mask is not a bool tensor.
+        ValueError: the mask is not on the CPU.
+    """
+    _check("mask", mask, torch.bool)
+    if _native():
+        return torch.ops.sparse_attn.pack_bits(mask)
+    flat = mask.detach().contiguous().view(-1)
+    return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+
+
+def unpack_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Reverses `pack_bits`.
+
+    Args:
+        packed: uint8 [ceil(count / 8)], on the CPU.
+        count: the number of bits to read.
+
+    Returns:
+        bool [count].
+
+    Raises:
+        TypeError: `packed` is not a uint8 tensor, or `count` is not an integer.
+        ValueError: `packed` is not on the CPU, is not one-dimensional or has another length.
+    """
+    _check("packed", packed, torch.uint8)
+    if not isinstance(count, int):
+        raise TypeError(f"count must be an int, not {type(count).__name__}")
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    if packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"{count} bits take uint8 [{(count + 7) // 8}], but packed is {list(packed.shape)}")
+    if _native():
+        return torch.ops.sparse_attn.unpack_bits(packed, count)
+    bits = np.unpackbits(packed.detach().numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool)
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a {dtype} tensor, not {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be a {dtype} tensor, not {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}; use {name}.cpu()")
+
+
+def _native() -> bool:
+    if extension.available():
+        return True
+    with _warning:
+        _warn_once()
+    return False
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        "saving and loading masks is slower: numpy packs their bits on one thread, because "
+        f"{extension.reason()}. To speed it up, {extension.HOW_TO_GET_IT}.",
+        RuntimeWarning,
+        stacklevel=4,
+    )

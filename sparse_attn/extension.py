@@ -1,0 +1,39 @@
+"""The C++ extension sparse_attn._C: loaded at the first question about it, which registers its operators."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from pathlib import Path
+
+import torch
+
+HOW_TO_GET_IT = (
+    "install a C++ compiler and build sparse_attn again where torch is installed: "
+    "`pip install --no-build-isolation --no-deps --force-reinstall sparse-attn`, "
+    "or in a checkout `pip install --no-build-isolation -e .`"
+)
+_loading = threading.Lock()
+
+
+def available() -> bool:
+    """Whether the operators of the extension can be called."""
+    return reason() is None
+
+
+def reason() -> str | None:
+    """Why the extension is not available; None where it is."""
+    with _loading:
+        return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    libraries = sorted(Path(__file__).resolve().parent.glob("_C*.so"))
+    if not libraries:
+        return "the C++ extension was not built when sparse_attn was installed"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return f"the C++ extension {libraries[0]} cannot be loaded: {error.__cause__ or error}"
+    return None

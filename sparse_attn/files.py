@@ -1,0 +1,75 @@
+"""Files of the package: safetensors with a kind, a format version and metadata. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .version import __version__
+
+FORMAT_VERSION = 1
+_HEADER = "sparse_attn"
+
+
+def save_tensors(
+    path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
+) -> None:
+    """Writes `tensors` and JSON-serialisable `metadata` to `path`; a file that is already there stays whole
+    until the new one is complete."""
+    path = Path(path)
+    header = {"kind": kind, "format_version": FORMAT_VERSION, "package_version": __version__, **metadata}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file(contiguous, unfinished, metadata={_HEADER: json.dumps(header)})
+        os.chmod(unfinished, 0o644)
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def load_tensors(
+    path: str | os.PathLike, kind: str, names: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Reads what `save_tensors` wrote: the tensors called `names` and the metadata.
+
+    Raises FileNotFoundError where there is no file, and ValueError where it is truncated, not of this package, of
+    another kind, of a newer format, or without one of the tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a sparse_attn {kind} file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            metadata = json.loads(header) if header else None
+            stored = {name: file.get_tensor(name) for name in file.keys()} if metadata else {}
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({error}); it is truncated or of another format. "
+            f"Expected a {kind} file written by sparse_attn"
+        ) from error
+    if not isinstance(metadata, dict) or "kind" not in metadata:
+        raise ValueError(f"{path}: a safetensors file, but not one of sparse_attn; expected a {kind} file")
+    if metadata["kind"] != kind:
+        raise ValueError(f"{path}: holds {metadata['kind']}, expected {kind}")
+    version = metadata.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format version {version} (written by sparse_attn {metadata.get('package_version')}) is newer "
+            f"than {FORMAT_VERSION}, the newest that sparse_attn {__version__} reads; upgrade sparse_attn"
+        )
+    missing = [name for name in names if name not in stored]
+    if missing:
+        raise ValueError(f"{path}: {kind} file without the tensors {missing}; it has {sorted(stored)}")
+    return stored, metadata

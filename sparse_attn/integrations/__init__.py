@@ -1,0 +1,1 @@
+"""Attention over global masks inside the models of other libraries."""

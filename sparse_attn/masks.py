@@ -1,0 +1,253 @@
+"""Global masks: which pairs of positions a model keeps, the same for every input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import ranking
+from .averages import AttentionAverages
+from .bitpacking import pack_bits, unpack_bits
+from .files import load_tensors, save_tensors
+from .layout import SparseLayout
+
+TILE_ROWS = 16  # queries that a tile keeps or prunes together
+_KIND = "global mask"
+
+
+class GlobalMask:
+    """A boolean keep-matrix per layer and head, indexed by absolute positions. Not the padding mask.
+
+    Make one with `from_averages`, `random`, `from_tensor` or `from_function`; combine masks with `&`, `|` and `~`.
+
+    Attributes:
+        keep: bool [layers, heads, query_len, key_len], true = kept. Treat it as read-only: layouts are cached.
+        metadata: how the mask was made, saved with it.
+    """
+
+    def __init__(self, keep: torch.Tensor, metadata: dict[str, Any] | None = None):
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.ndim != 4 or 0 in keep.shape:
+            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
+            raise ValueError(
+                f"a global mask is a boolean tensor [layers, heads, query_len, key_len] with true = kept, not {found}"
+            )
+        self.keep = keep.cpu().contiguous()
+        self.metadata = dict(metadata or {})
+        self._layouts: dict[tuple[int, torch.device], SparseLayout] = {}
+
+    @classmethod
+    def from_averages(
+        cls,
+        averages: AttentionAverages,
+        sparsity: float,
+        granularity: str = "element",
+        scope: str = "layer",
+        keep_diagonal: bool = True,
+        strict: bool = False,
+    ) -> GlobalMask:
+        """Keeps the positions with the largest average attention (Attention Pruning, arXiv 2012.02030).
+
+        Args:
+            averages: from `collect_averages` or `load_published_averages`.
+            sparsity: share of positions to prune, in [0, 1). It counts positions that were seen; those that never
+                held two real tokens are pruned on top (but for the diagonal).
+            granularity: "element" ranks single positions; "tile" ranks 16 consecutive queries x 1 key by their mean,
+                which costs a kernel half the work at equal sparsity.
+            scope: what is ranked together: the heads of a "layer" (as published), each "head", or the whole "model".
+            keep_diagonal: every query keeps itself, within the same budget, so that no input of any length has a
+                query without keys. A tile is kept if it holds a diagonal position.
+            strict: the published rule bit for bit: per layer the nearest-rank percentile over the non-zero block,
+                everything not above it pruned, no diagonal. Element granularity and layer scope only.
+
+        Raises ValueError for a sparsity outside [0, 1), an unknown granularity or scope, averages that hold nothing,
+        and tile masks or other scopes together with `strict`.
+        """
+        _check_sparsity(sparsity)
+        _check_choice("granularity", granularity, ("element", "tile"))
+        _check_choice("scope", scope, ("layer", "head", "model"))
+        if strict and (granularity, scope) != ("element", "layer"):
+            raise ValueError(
+                f"strict=True is the published rule: granularity 'element' and scope 'layer', not {granularity!r} and "
+                f"{scope!r}. Leave strict out for other rules"
+            )
+        if not bool((averages.counts > 0).any()):
+            raise ValueError("averages hold no counted position; collect them on at least one sequence")
+        if strict:
+            keep = ranking.published_rule(averages.mean, sparsity, whole=averages.metadata.get("source"))
+        else:
+            tile_rows = TILE_ROWS if granularity == "tile" else 1
+            keep = ranking.largest(averages.mean, averages.counts > 0, sparsity, tile_rows, scope, keep_diagonal)
+        made = dict(sparsity=sparsity, granularity=granularity, scope=scope, keep_diagonal=keep_diagonal, strict=strict)
+        return cls(keep, {**made, "averages": averages.metadata})
+
+    @classmethod
+    def random(
+        cls,
+        layers: int,
+        heads: int,
+        query_len: int,
+        key_len: int | None = None,
+        *,
+        sparsity: float,
+        granularity: str = "element",
+        keep_diagonal: bool = True,
+        seed: int = 0,
+    ) -> GlobalMask:
+        """The baseline that any informed mask has to beat: positions drawn evenly, the same number in each layer.
+
+        Arguments mean what they mean in `from_averages`; `key_len` defaults to `query_len`.
+        """
+        _check_sparsity(sparsity)
+        _check_choice("granularity", granularity, ("element", "tile"))
+        key_len = query_len if key_len is None else key_len
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.rand(layers, heads, query_len, key_len, generator=generator, dtype=torch.float64)
+        tile_rows = TILE_ROWS if granularity == "tile" else 1
+        seen = torch.ones(query_len, key_len, dtype=torch.bool)
+        keep = ranking.largest(scores, seen, sparsity, tile_rows, "layer", keep_diagonal)
+        return cls(keep, dict(sparsity=sparsity, granularity=granularity, random_seed=seed))
+
+    @classmethod
+    def from_tensor(cls, keep: torch.Tensor, layers: int | None = None, heads: int | None = None) -> GlobalMask:
+        """A mask from a boolean tensor, true = kept.
+
+        Args:
+            keep: bool [layers, heads, query_len, key_len], or without leading dimensions, which are then repeated:
+                [heads, query_len, key_len] for each of `layers`, [query_len, key_len] for all `layers` and `heads`.
+        """
+        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
+            found = keep.dtype if isinstance(keep, torch.Tensor) else type(keep).__name__
+            raise ValueError(f"a global mask is made from a boolean tensor (true = kept), not from {found}")
+        if keep.ndim == 2 and heads is not None:
+            keep = keep.expand(heads, -1, -1)
+        if keep.ndim == 3 and layers is not None:
+            keep = keep.expand(layers, -1, -1, -1)
+        return cls(keep)
+
+    @classmethod
+    def from_function(
+        cls,
+        function: Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor],
+        layers: int,
+        heads: int,
+        query_len: int,
+        key_len: int | None = None,
+    ) -> GlobalMask:
+        """A mask from a rule, for example `lambda layer, head, query, key: (query - key).abs() < 32`.
+
+        The function is called once per layer and head with int64 tensors query [query_len, 1] and key [1, key_len]
+        and returns what broadcasts to bool [query_len, key_len], true = kept.
+        """
+        key_len = query_len if key_len is None else key_len
+        query, key = torch.arange(query_len).view(-1, 1), torch.arange(key_len).view(1, -1)
+        keep = torch.empty(layers, heads, query_len, key_len, dtype=torch.bool)
+        for layer in range(layers):
+            for head in range(heads):
+                kept = torch.as_tensor(function(layer, head, query, key))
+                if kept.dtype != torch.bool:
+                    raise ValueError(f"the mask function returned {kept.dtype}, expected torch.bool (true = kept)")
+                keep[layer, head] = kept
+        return cls(keep)
+
+    @property
+    def layers(self) -> int:
+        return self.keep.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.keep.shape[1]
+
+    @property
+    def query_len(self) -> int:
+        return self.keep.shape[2]
+
+    @property
+    def key_len(self) -> int:
+        return self.keep.shape[3]
+
+    def __repr__(self) -> str:
+        density = self.keep.float().mean().item()
+        return (
+            f"GlobalMask(layers={self.layers}, heads={self.heads}, query_len={self.query_len}, "
+            f"key_len={self.key_len}, density={density:.3f})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GlobalMask) and torch.equal(self.keep, other.keep)
+
+    __hash__ = None
+
+    def __deepcopy__(self, memo: dict) -> GlobalMask:
+        return self  # read-only: copies of a patched model share it
+
+    def __and__(self, other: GlobalMask) -> GlobalMask:
+        return self._combined(other, torch.logical_and)
+
+    def __or__(self, other: GlobalMask) -> GlobalMask:
+        return self._combined(other, torch.logical_or)
+
+    def __invert__(self) -> GlobalMask:
+        return GlobalMask(~self.keep)
+
+    def _combined(self, other: GlobalMask, operation: Callable) -> GlobalMask:
+        if not isinstance(other, GlobalMask):
+            return NotImplemented
+        if self.keep.shape != other.keep.shape:
+            raise ValueError(
+                f"masks of shape {tuple(self.keep.shape)} and {tuple(other.keep.shape)} cannot be combined; "
+                "both must be [layers, heads, query_len, key_len] of the same model and length"
+            )
+        return GlobalMask(operation(self.keep, other.keep))
+
+    def density(self) -> torch.Tensor:
+        """Share of positions kept: float64 [layers, heads]."""
+        return self.keep.double().mean((2, 3))
+
+    def retained_attention(self, averages: AttentionAverages) -> torch.Tensor:
+        """Share of the averages' attention mass on kept positions: float64 [layers, heads].
+
+        Raises ValueError where `averages` have other layers, heads or lengths than the mask.
+        """
+        if averages.sums.shape != self.keep.shape:
+            raise ValueError(
+                f"averages of shape {tuple(averages.sums.shape)} do not fit a mask of shape {tuple(self.keep.shape)}"
+            )
+        return (averages.sums * self.keep).sum((2, 3)) / averages.sums.sum((2, 3))
+
+    def layout(self, layer: int, device: torch.device | str | None = None) -> SparseLayout:
+        """The compiled mask of a layer (0-based) on `device` (default: the CPU), made once and cached."""
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer is {layer}; the mask has layers 0 to {self.layers - 1}")
+        device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
+        if (layer, device) not in self._layouts:
+            on_cpu = self._layouts.setdefault((layer, torch.device("cpu")), SparseLayout(self.keep[layer]))
+            self._layouts[layer, device] = on_cpu.to(device)
+        return self._layouts[layer, device]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a safetensors file with one bit per position."""
+        header = {"shape": list(self.keep.shape), "metadata": self.metadata}
+        save_tensors(path, _KIND, {"keep_bits": pack_bits(self.keep)}, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> GlobalMask:
+        """Reads a file of `save`. Raises FileNotFoundError or ValueError, naming the file and what is wrong with it."""
+        tensors, header = load_tensors(path, _KIND, ("keep_bits",))
+        try:
+            shape = torch.Size(header["shape"])
+            return cls(unpack_bits(tensors["keep_bits"], shape.numel()).view(shape), header["metadata"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: damaged {_KIND} file: {error}") from error
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"sparsity is {sparsity}, expected a share in [0, 1): 0.9 prunes 90 % of the positions")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {choices}")

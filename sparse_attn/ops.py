@@ -1,0 +1,181 @@
+"""The attention operator: schema, fake and autograd. Backends register what computes it.
+
+`torch.ops.sparse_attn.attention` takes tensors and constants only, so that it can be traced, compiled and captured;
+`sparse_attn.sparse_attention` is the function to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .quantization import QuantizationTable
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one attention call, as a backend gets them.
+
+    Padded calls have query [batch, heads, query_len, head_dim] and key, value [batch, heads, key_len, head_dim], of
+    any strides; packed ones have all three [tokens, heads, head_dim] and `cu_seqlens`.
+
+    Attributes:
+        layout, layout_sizes: the tensors and integers that the backend's `layout_arguments` chose.
+        query_lengths, key_lengths: int32 [batch] or None; rows and keys from there on are padding.
+        key_padding: bool [batch, key_len] or None; false keys are padding.
+        cu_seqlens: int32 [batch + 1] or None.
+        max_length: the longest packed sequence; 0 for padded calls.
+        seed: int64 [1] or None; for dropout.
+        scale: factor on the scores.
+        table: quantiser of the probabilities or None.
+        causal: keys after a query's absolute position are not kept.
+        query_offset: absolute position of the first query.
+        dropout: share of probabilities to drop.
+        need_lse: whether the log-sum-exp of the rows is wanted; it is empty otherwise.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    layout: list[Tensor]
+    layout_sizes: tuple[int, ...]
+    query_lengths: Tensor | None
+    key_lengths: Tensor | None
+    key_padding: Tensor | None
+    cu_seqlens: Tensor | None
+    max_length: int
+    seed: Tensor | None
+    scale: float
+    table: QuantizationTable | None
+    causal: bool
+    query_offset: int
+    dropout: float
+    need_lse: bool
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+
+Forward = Callable[[AttentionCall], tuple[Tensor, Tensor]]
+Backward = Callable[[AttentionCall, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+_FORWARD: dict[str, Forward] = {}
+_BACKWARD: dict[str, Backward] = {}
+
+
+def register_backend(name: str, forward: Forward, backward: Backward | None = None) -> None:
+    """Makes `forward(call) -> (output, lse)` and `backward(call, output, lse, grad_output) -> (grad_query, grad_key,
+    grad_value)` what the operator runs for the backend `name`."""
+    _FORWARD[name] = forward
+    if backward is not None:
+        _BACKWARD[name] = backward
+
+
+# One schema for both operators' common arguments; `levels` and `threshold` are a QuantizationTable, empty = off.
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor[] layout, int[] layout_sizes, Tensor? query_lengths, "
+    "Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, SymInt max_length, Tensor? seed, float scale, "
+    "float[] levels, float threshold, bool causal, SymInt query_offset, float dropout, bool need_lse, str backend"
+)
+torch.library.define("sparse_attn::attention", f"({_ARGUMENTS}) -> (Tensor output, Tensor lse)")
+torch.library.define(
+    "sparse_attn::attention_backward",
+    f"({_ARGUMENTS}, Tensor output, Tensor lse, Tensor grad_output) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    """Runs the operator: output in the shape and dtype of the query, lse float32."""
+    table = call.table
+    return torch.ops.sparse_attn.attention(
+        call.query, call.key, call.value, call.layout, list(call.layout_sizes),
+        call.query_lengths, call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.seed,
+        call.scale, list(table.levels) if table else [], table.threshold if table else 0.0,
+        call.causal, call.query_offset, call.dropout, call.need_lse, backend,
+    )  # fmt: skip
+
+
+def empty_output(query: Tensor, packed: bool) -> Tensor:
+    """An output for `query`: heads beside tokens in memory, so that [batch, tokens, heads * head_dim] is a view."""
+    if packed:
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    batch, heads, query_len, head_dim = query.shape
+    return query.new_empty(batch, query_len, heads, head_dim).transpose(1, 2)
+
+
+def lse_shape(query: Tensor, packed: bool) -> tuple[int, ...]:
+    """[batch, heads, query_len], or [heads, tokens] for packed calls."""
+    return (query.shape[1], query.shape[0]) if packed else tuple(query.shape[:3])
+
+
+def _call(query, key, value, layout, layout_sizes, query_lengths, key_lengths, key_padding, cu_seqlens, max_length,
+          seed, scale, levels, threshold, causal, query_offset, dropout, need_lse) -> AttentionCall:  # fmt: skip
+    table = QuantizationTable(threshold, tuple(levels)) if levels else None
+    return AttentionCall(
+        query, key, value, layout, tuple(layout_sizes), query_lengths, key_lengths, key_padding, cu_seqlens, max_length,
+        seed, scale, table, causal, query_offset, dropout, need_lse,
+    )  # fmt: skip
+
+
+@torch.library.impl("sparse_attn::attention", "CompositeExplicitAutograd")
+def _attention(*arguments):
+    *shared, backend = arguments
+    return _FORWARD[backend](_call(*shared))
+
+
+@torch.library.register_fake("sparse_attn::attention")
+def _attention_fake(*arguments):
+    query, cu_seqlens, need_lse = arguments[0], arguments[8], arguments[17]
+    packed = cu_seqlens is not None
+    shape = lse_shape(query, packed) if need_lse else (0,)
+    return empty_output(query, packed), query.new_empty(shape, dtype=_lse_dtype(query))
+
+
+@torch.library.impl("sparse_attn::attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(*arguments):
+    *shared, backend, output, lse, grad_output = arguments
+    return _BACKWARD[backend](_call(*shared), output, lse, grad_output)
+
+
+@torch.library.register_fake("sparse_attn::attention_backward")
+def _attention_backward_fake(query, key, value, *_):
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+_LAYOUT = 3  # places of tensors among the operator's arguments; the layout is a list of them
+_TENSORS = (0, 1, 2, _LAYOUT, 5, 6, 7, 8, 10)
+
+
+def _setup_context(ctx, inputs, output):
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.constants = [None if at in _TENSORS else argument for at, argument in enumerate(inputs)]
+    ctx.save_for_backward(out, lse, *(inputs[at] for at in _TENSORS if at != _LAYOUT), *inputs[_LAYOUT])
+
+
+def _autograd_backward(ctx, grad_output, _grad_lse):
+    out, lse, *tensors = ctx.saved_tensors
+    arguments = list(ctx.constants)
+    plain = [at for at in _TENSORS if at != _LAYOUT]
+    for at, tensor in zip(plain, tensors, strict=False):
+        arguments[at] = tensor
+    arguments[_LAYOUT] = tensors[len(plain) :]
+    gradients = torch.ops.sparse_attn.attention_backward(*arguments, out, lse, grad_output)
+    return *gradients, *(_no_gradient(argument) for argument in arguments[3:])
+
+
+def _no_gradient(argument) -> list[None] | None:
+    """What autograd wants back for an argument without gradient: a list for a list of tensors."""
+    tensors = isinstance(argument, list) and all(isinstance(item, Tensor) for item in argument)
+    return [None] * len(argument) if tensors else None
+
+
+torch.library.register_autograd("sparse_attn::attention", _autograd_backward, setup_context=_setup_context)

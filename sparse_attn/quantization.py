@@ -1,0 +1,99 @@
+"""Rounding of attention probabilities to few bits on a logarithmic scale.
+
+The quantiser is the default one of Ji et al., "On the Distribution, Sparsity, and Inference-time Quantization of
+Attention Values in Transformers" (Findings of ACL 2021): probabilities below a threshold become 0, the others the
+geometric mid-point of their bin, with bins of equal width in log2(p).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+MAX_BITS = 8
+DEFAULT_THRESHOLD = 1e-3
+
+
+@dataclass(frozen=True)
+class QuantizationTable:
+    """2 ** bits values for probabilities: level 0 is zero, level k (from 1) stands for the k-th bin of log2(p).
+
+    The bins share [log2(threshold), 0] evenly; their values are free, so a calibrated table costs a kernel nothing.
+    Instances are hashable constants.
+
+    Attributes:
+        threshold: probabilities below it become zero.
+        levels: 2 ** bits values, the first of them 0.0.
+    """
+
+    threshold: float
+    levels: tuple[float, ...]
+
+    def __post_init__(self):
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"threshold is {self.threshold}, expected a probability strictly between 0 and 1")
+        bits = math.log2(len(self.levels)) if self.levels else 0.0
+        if bits != int(bits) or not 1 <= bits <= MAX_BITS:
+            raise ValueError(f"levels has {len(self.levels)} values, expected 2 ** bits of them, bits in 1..{MAX_BITS}")
+        if self.levels[0] != 0.0 or not abs(sum(self.levels)) < math.inf:
+            raise ValueError("levels must be finite and start with 0.0, the value of pruned probabilities")
+
+    @property
+    def bits(self) -> int:
+        return int(math.log2(len(self.levels)))
+
+    @property
+    def step(self) -> float:
+        """Width of a bin in log2(p)."""
+        return -math.log2(self.threshold) / (len(self.levels) - 1)
+
+
+def log_table(bits: int, threshold: float = DEFAULT_THRESHOLD) -> QuantizationTable:
+    """The published table: level k is 2 ** (log2(threshold) + (k - 1/2) * step), the mid-point of its bin.
+
+    Raises ValueError for bits outside 1..8 and for a threshold outside (0, 1), TypeError for bits that are no integer.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"bits is {bits!r}, expected an integer in 1..{MAX_BITS} or None for no rounding")
+    if not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits is {bits}, expected 1..{MAX_BITS}, or None for no rounding")
+    if not 0.0 < threshold < 1.0:
+        raise ValueError(f"threshold is {threshold}, expected a probability strictly between 0 and 1")
+    bins = 2**bits - 1
+    lowest = math.log2(threshold)
+    step = -lowest / bins
+    return QuantizationTable(threshold, (0.0, *(2.0 ** (lowest + (k + 0.5) * step) for k in range(bins))))
+
+
+def as_table(bits: int | QuantizationTable | None) -> QuantizationTable | None:
+    """The table that an argument `bits` means: the published one for a number, a table itself, None for none."""
+    return bits if bits is None or isinstance(bits, QuantizationTable) else log_table(bits)
+
+
+def quantize(probabilities: torch.Tensor, table: QuantizationTable) -> torch.Tensor:
+    """Rounds `probabilities` (any shape, floating point) to the levels of `table`; shape and dtype stay.
+
+    p < threshold becomes 0, everything else levels[1 + min(floor((log2 p - log2 threshold) / step), 2**bits - 2)].
+    The gradient passes straight through.
+    """
+    return _StraightThroughRounding.apply(probabilities, table)
+
+
+class _StraightThroughRounding(torch.autograd.Function):
+    @staticmethod
+    def forward(probabilities, table):
+        levels = torch.tensor(table.levels, dtype=probabilities.dtype, device=probabilities.device)
+        position = (torch.log2(probabilities) - math.log2(table.threshold)) / table.step
+        # log2(0) is -inf: clamp before the conversion to integers.
+        level = 1 + position.floor().clamp(0, len(table.levels) - 2).to(torch.int64)
+        return levels[torch.where(probabilities < table.threshold, 0, level)]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, None

@@ -1,0 +1,92 @@
+"""Which positions a global mask keeps: by rank of their average attention."""
+
+from __future__ import annotations
+
+import torch
+
+
+def largest(
+    scores: torch.Tensor,
+    seen: torch.Tensor,
+    sparsity: float,
+    tile_rows: int,
+    scope: str,
+    keep_diagonal: bool,
+) -> torch.Tensor:
+    """Keeps the largest 1 - sparsity of the seen positions, exactly that many; ties go to the earlier position.
+
+    Args:
+        scores: float64 [layers, heads, query_len, key_len].
+        seen: bool [query_len, key_len]; unseen positions are pruned, but for the diagonal.
+        tile_rows: consecutive queries ranked and kept together by their mean score.
+        scope: "layer", "head" or "model": the positions ranked together.
+        keep_diagonal: position (i, i) comes first in its ranking, within the budget.
+
+    Returns:
+        bool, the shape of `scores`.
+    """
+    layers, heads, query_len, key_len = scores.shape
+    diagonal = torch.zeros_like(seen)
+    if keep_diagonal:
+        diagonal.fill_diagonal_(True)
+
+    # Rows of tiles: [..., groups, key_len]. A tile's score is the mean over its seen rows.
+    seen_rows = _tiles(seen.double(), tile_rows).sum(-2)
+    scores = _tiles(scores * seen, tile_rows).sum(-2) / seen_rows.clamp(min=1)
+    diagonal = _tiles(diagonal.double(), tile_rows).sum(-2) > 0
+    scores = scores.masked_fill(seen_rows == 0, -1.0).masked_fill(diagonal, float("inf"))
+
+    ranked_together = {"layer": (layers, -1), "head": (layers * heads, -1), "model": (1, -1)}[scope]
+    pools = scores.reshape(ranked_together)
+    per_pool = layers * heads // pools.shape[0]
+    budget = round((1.0 - sparsity) * int((seen_rows > 0).sum()) * per_pool)
+    budget = max(budget, int((diagonal & (seen_rows > 0)).sum()) * per_pool)
+    unseen_diagonal = int((diagonal & (seen_rows == 0)).sum()) * per_pool
+    keep = torch.zeros(pools.shape, dtype=torch.bool)
+    order = pools.argsort(dim=1, descending=True, stable=True)
+    keep.scatter_(1, order[:, : budget + unseen_diagonal], True)
+    keep = keep.view(layers, heads, -1, key_len) & (scores >= 0)
+    return keep.repeat_interleave(tile_rows, dim=2)[:, :, :query_len]
+
+
+def published_rule(mean: torch.Tensor, sparsity: float, whole: str | None = None) -> torch.Tensor:
+    """The published rule: per layer, heads pooled, everything not above the percentile is pruned.
+
+    The percentile has nearest rank and covers the published bounds of the non-zero block, except in Transformer-XL
+    (`whole="transformer-xl"`), where it covers the whole array. Raises ValueError for a layer without any attention.
+
+    Args:
+        mean: float64 [layers, heads, query_len, key_len].
+
+    Returns:
+        bool, the shape of `mean`, true = kept.
+    """
+    keep = torch.empty(mean.shape, dtype=torch.bool)
+    for layer, pattern in enumerate(mean):
+        rows, columns = mean.shape[2:] if whole == "transformer-xl" else published_bounds(pattern)
+        block = pattern[:, :rows, :columns].flatten()
+        if block.numel() == 0:
+            raise ValueError(f"layer {layer} has no non-zero average attention to take a percentile of")
+        rank = round(sparsity * (block.numel() - 1))  # ties to even, as the published percentile
+        keep[layer] = pattern > block.sort().values[rank]
+    return keep
+
+
+def published_bounds(pattern: torch.Tensor) -> tuple[int, int]:
+    """End of the non-zero block of a pattern [heads, query_len, key_len], with the published off-by-one:
+    a block that reaches the last row or column ends one short of it."""
+    non_zero = (pattern != 0).any(0)
+    return _bound(non_zero.any(1)), _bound(non_zero.any(0))
+
+
+def _bound(non_zero: torch.Tensor) -> int:
+    indices = non_zero.nonzero()
+    end = int(indices[-1]) + 1 if indices.numel() else 0
+    return min(end, non_zero.numel() - 1)
+
+
+def _tiles(tensor: torch.Tensor, tile_rows: int) -> torch.Tensor:
+    """[..., query_len, key_len] as [..., groups, tile_rows, key_len], the last group filled with zeros."""
+    missing = -tensor.shape[-2] % tile_rows
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, missing))
+    return padded.view(*tensor.shape[:-2], -1, tile_rows, tensor.shape[-1])

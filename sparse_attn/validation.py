@@ -1,0 +1,116 @@
+"""What the arguments of `sparse_attention` must be; every refusal names the thing, its shape and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import SparseLayout
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_call(
+    query: Tensor, key: Tensor, value: Tensor, layout: SparseLayout, cu_seqlens: Tensor | None, query_offset: int
+) -> None:
+    """Raises ValueError where query, key, value, layout and cu_seqlens do not fit together."""
+    if not isinstance(layout, SparseLayout):
+        raise ValueError(
+            f"layout is {type(layout).__name__}, expected a SparseLayout; compile one with mask.layout(layer, device)"
+        )
+    _check_tensors(query, key, value, cu_seqlens is not None)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, query)
+    _check_layout(query, key, layout, cu_seqlens is not None, query_offset)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if packed:
+        if query.ndim != 3 or key.shape != query.shape or value.shape != query.shape:
+            raise ValueError(f"{shapes}: with cu_seqlens all three must be [tokens, heads, head_dim]")
+    elif query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        raise ValueError(
+            f"{shapes}: expected query [batch, heads, query_len, head_dim] and key, value "
+            "[batch, heads, key_len, head_dim]"
+        )
+    elif query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"{shapes}: batch, heads and head_dim must agree")
+    if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ValueError(
+            f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; expected one dtype of float16, bfloat16, "
+            "float32, float64 for all three"
+        )
+    if key.device != query.device or value.device != query.device:
+        raise ValueError(
+            f"query is on {query.device}, key on {key.device}, value on {value.device}; expected one device"
+        )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, query: Tensor) -> None:
+    # Its values stay on the device: looking at them would make the host wait.
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [sequences + 1], "
+            "starting with 0"
+        )
+    if cu_seqlens.device != query.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the query on {query.device}; expected one device")
+
+
+def _check_layout(query: Tensor, key: Tensor, layout: SparseLayout, packed: bool, query_offset: int) -> None:
+    heads = query.shape[1]
+    if heads != layout.heads:
+        raise ValueError(
+            f"the query has {heads} heads, the mask's layer {layout.heads}; masks are per head of one model"
+        )
+    if layout.device != query.device:
+        raise ValueError(
+            f"the layout is on {layout.device}, the query on {query.device}; use mask.layout(layer, query.device)"
+        )
+    if query_offset < 0:
+        raise ValueError(f"query_offset is {query_offset}, expected the absolute position of the first query, from 0")
+    if packed:
+        return  # its lengths live on the device: see longest_sequence
+    query_len, key_len = query.shape[2] + query_offset, key.shape[2]
+    if query_len > layout.query_len or key_len > layout.key_len:
+        raise ValueError(
+            f"the sequence is longer than the mask: queries end at position {query_len} and keys at {key_len}, the "
+            f"mask covers {layout.query_len} queries and {layout.key_len} keys. Collect averages on longer inputs or "
+            "truncate"
+        )
+
+
+def longest_sequence(cu_seqlens: Tensor, tokens: int) -> int:
+    """The longest sequence of a packed batch. Waits for the device; raises ValueError for lengths that are none."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, expected cumulative lengths from 0 to the {tokens} "
+            "tokens of the query, never falling"
+        )
+    return max(lengths, default=0)
+
+
+def check_packed_length(longest: int, query_offset: int, layout: SparseLayout) -> None:
+    """Raises ValueError where the longest packed sequence does not fit the mask."""
+    if longest + query_offset > layout.query_len or longest > layout.key_len:
+        raise ValueError(
+            f"the longest packed sequence has {longest} tokens (query_offset {query_offset}), longer than the mask, "
+            f"which covers {layout.query_len} queries and {layout.key_len} keys. Collect averages on longer inputs or "
+            "truncate"
+        )
+
+
+def batch_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Lengths as int32 and padding masks as bool of `shape` on `device`; raises ValueError for anything else."""
+    if tensor is None:
+        return None
+    boolean = len(shape) == 2
+    if tuple(tensor.shape) != shape or (tensor.dtype == torch.bool) != boolean or tensor.is_floating_point():
+        expected = "bool [batch, key_len]" if boolean else "int [batch]"
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected} with shape {shape}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the query on {device}; expected one device")
+    return tensor if boolean else tensor.to(torch.int32)

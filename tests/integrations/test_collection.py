@@ -1,0 +1,119 @@
+"""`collect_averages`: a mean over real tokens, the same as transformers' own attentions give."""
+
+import pytest
+import torch
+from transformers import BertForQuestionAnswering, BertModel
+
+from sparse_attn import AttentionAverages, GlobalMask, collect_averages, patch_bert
+from tests.integrations.conftest import padded_inputs, small_config
+
+
+def from_output_attentions(model, batches, length) -> AttentionAverages:
+    """The definition, sequence by sequence: outer products of real positions."""
+    sums = torch.zeros(2, 2, length, length, dtype=torch.float64)
+    counts = torch.zeros(length, length, dtype=torch.int64)
+    model.set_attn_implementation("eager")
+    for batch in batches:
+        with torch.no_grad():
+            attentions = model(**batch, output_attentions=True).attentions
+        for index, real in enumerate(batch["attention_mask"].bool()):
+            at = real.nonzero()[:, 0]
+            counts[at.view(-1, 1), at] += 1
+            for layer, attention in enumerate(attentions):
+                sums[layer][:, at.view(-1, 1), at] += attention[index][:, at.view(-1, 1), at].double()
+    model.set_attn_implementation("sdpa")
+    return AttentionAverages(sums, counts)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+def test_mean_over_real_tokens(model, side):
+    batches = [padded_inputs((20, 13, 1), "left" if side == "left" else "right"), padded_inputs((9, 9))]
+    if side == "holes":
+        batches[0]["attention_mask"][0, 4:8] = 0
+    averages = collect_averages(model, batches, progress=False, data_name="random")
+    expected = from_output_attentions(model, batches, 20)
+    torch.testing.assert_close(averages.sums, expected.sums, atol=1e-6, rtol=0)
+    assert torch.equal(averages.counts, expected.counts)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert (averages.sequences, averages.tokens) == (5, tokens)
+    assert averages.metadata["data"] == "random"
+
+
+def test_batching_and_order_do_not_matter(model):
+    sequences = [padded_inputs((length,)) for length in (7, 20, 3, 12)]
+    one_by_one = collect_averages(model, sequences, progress=False)
+    reverse = collect_averages(model, sequences[::-1], progress=False)
+    together = {"input_ids": torch.zeros(4, 20, dtype=torch.long), "attention_mask": torch.zeros(4, 20).long()}
+    for row, sequence in enumerate(sequences):
+        length = sequence["input_ids"].shape[1]
+        together["input_ids"][row, :length] = sequence["input_ids"]
+        together["attention_mask"][row, :length] = 1
+    padded = collect_averages(model, [together], progress=False)
+    parts = [collect_averages(model, [sequence], progress=False) for sequence in sequences]
+    merged = parts[0].merge(parts[1]).merge(parts[2]).merge(parts[3])
+    for other in (reverse, padded, merged):
+        torch.testing.assert_close(other.mean, one_by_one.mean, atol=1e-6, rtol=0)
+        assert torch.equal(other.counts, one_by_one.counts) and other.tokens == one_by_one.tokens
+
+
+def test_dropout_is_off_and_the_model_comes_back_as_it_was(model):
+    model.encoder.layer[0].attention.self.dropout.p = 0.9
+    model.train()
+    config, implementation = model.config, model.config._attn_implementation
+    first, second = (collect_averages(model, [padded_inputs((6,))], progress=False) for _ in range(2))
+    assert model.training and model.config is config and config._attn_implementation == implementation
+    assert first.mean.sum(-1).allclose(torch.ones(6, dtype=torch.float64))
+    assert second.mean.sum(-1).allclose(torch.ones(6, dtype=torch.float64))
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_head_classes_max_length_and_no_padding_mask():
+    model = BertForQuestionAnswering(small_config()).eval()
+    batch = {"input_ids": torch.randint(0, 99, (2, 9)), "start_positions": torch.tensor([0, 1]),
+             "end_positions": torch.tensor([0, 1])}  # fmt: skip
+    averages = collect_averages(model, [batch], max_length=16, progress=False)
+    assert averages.sums.shape == (2, 2, 16, 16) and averages.tokens == 18
+    assert (averages.counts[:9, :9] == 2).all() and averages.counts.sum() == 2 * 81
+
+
+def test_memory_does_not_grow_with_batches(model):
+    """Any number of batches: they are streamed, none is kept."""
+    alive = []
+
+    def batches():
+        import weakref
+
+        for _ in range(6):
+            batch = padded_inputs((9, 5))
+            alive.append(weakref.ref(batch["input_ids"]))
+            yield batch
+            del batch
+            assert sum(reference() is not None for reference in alive) <= 2
+
+    assert collect_averages(model, batches(), progress=False).sequences == 12
+
+
+def test_decoders_count_what_they_may_see():
+    model = BertModel(small_config(is_decoder=True)).eval()
+    averages = collect_averages(model, [{"input_ids": torch.randint(0, 99, (3, 7))}], progress=False)
+    assert torch.equal(averages.counts, 3 * torch.ones(7, 7, dtype=torch.int64).tril())
+
+
+def test_bad_input_is_named(model):
+    with pytest.raises(ValueError, match="no batch"):
+        collect_averages(model, [], progress=False)
+    with pytest.raises(ValueError, match="length 20, more than max_length 10"):
+        collect_averages(model, [padded_inputs()], max_length=10, progress=False)
+    model.encoder.layer[1].attention.self.query.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="nan at layer 1"):
+        collect_averages(model, [padded_inputs()], progress=False)
+    patch_bert(model, GlobalMask.random(2, 2, 32, sparsity=0.5))
+    with pytest.raises(ValueError, match="the model is patched"):
+        collect_averages(model, [padded_inputs()], progress=False)
+    with pytest.raises(TypeError, match="is not a transformers model"):
+        collect_averages(torch.nn.Linear(2, 2), [], progress=False)
+
+
+def test_progress_bar_shows(model, capsys):
+    collect_averages(model, [padded_inputs()], progress=True)
+    assert "collecting attention" in capsys.readouterr().err

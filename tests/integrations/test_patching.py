@@ -1,0 +1,307 @@
+"""`patch_bert`: the same outputs as a masked eager BERT, and none of transformers' traps."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+from transformers.models.bert import modeling_bert
+
+from sparse_attn import GlobalMask, is_patched, patch_bert, patched, sparse_attention, unpatch
+from sparse_attn.integrations import transformers as integration
+from tests.integrations.conftest import padded_inputs, small_config
+
+MASK = GlobalMask.random(2, 2, 32, sparsity=0.7)
+HEAD_CLASSES = [
+    cls
+    for name, cls in inspect.getmembers(modeling_bert, inspect.isclass)
+    if issubclass(cls, modeling_bert.BertPreTrainedModel) and cls is not modeling_bert.BertPreTrainedModel
+]
+
+
+def run(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs)
+
+
+def close(ours, theirs, inputs, atol=1e-5):
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["element", "tile"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("side", ["right", "left", "holes", "none"])
+def test_equals_masked_eager(model, twin, granularity, backend, side):
+    mask = GlobalMask.random(2, 2, 32, sparsity=0.7, granularity=granularity)
+    inputs = padded_inputs(side="left" if side == "left" else "right")
+    if side == "holes":
+        inputs["attention_mask"][0, 3:9] = inputs["attention_mask"][1, 0] = 0
+    if side == "none":
+        inputs["attention_mask"][:] = 1
+    theirs = twin(mask.keep, inputs).last_hidden_state
+    patch_bert(model, mask, backend=backend)
+    close(run(model, inputs).last_hidden_state, theirs, inputs)
+    if side == "none":
+        del inputs["attention_mask"]
+        without = run(model, inputs).last_hidden_state
+        torch.testing.assert_close(without, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(model, twin, dtype):
+    inputs = padded_inputs()
+    theirs = twin(MASK.keep, inputs).last_hidden_state
+    patch_bert(model, MASK).to(dtype)
+    ours = run(model, inputs).last_hidden_state
+    assert ours.dtype == dtype
+    real = inputs["attention_mask"].bool()
+    assert (ours.float() - theirs)[real].norm() / theirs[real].norm() < 0.05
+    assert is_patched(model)
+
+
+def test_bits_are_applied(model):
+    inputs = padded_inputs()
+    plain = run(patch_bert(model, MASK), inputs).last_hidden_state
+    outputs = {bits: run(patch_bert(model, MASK, bits), inputs).last_hidden_state for bits in (8, 3)}
+    real = inputs["attention_mask"].bool()
+    errors = {bits: (output - plain)[real].norm().item() for bits, output in outputs.items()}
+    assert 0 < errors[8] < errors[3]
+
+
+@pytest.mark.parametrize("cls", HEAD_CLASSES, ids=lambda cls: cls.__name__)
+def test_every_head_class(cls):
+    torch.manual_seed(0)
+    model = cls(small_config(is_decoder=cls.__name__ == "BertLMHeadModel")).eval()
+    mask = GlobalMask.random(2, 2, 32, sparsity=0.0)
+    inputs = padded_inputs()
+    inputs["input_ids"] = torch.randint(0, 99, (3, 20))
+    if cls.__name__ == "BertForMultipleChoice":
+        inputs = {name: value.unsqueeze(1).repeat(1, 2, 1) for name, value in inputs.items()}
+    dense = run(model, inputs)
+    sparse = run(patch_bert(model, mask), inputs)
+    assert is_patched(model)
+    real = inputs["attention_mask"].bool()
+    for name, value in dense.items():
+        if isinstance(value, torch.Tensor):
+            per_token = value.shape[:2] == real.shape and cls.__name__ != "BertForMultipleChoice"
+            ours, theirs = (sparse[name][real], value[real]) if per_token else (sparse[name], value)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_mask_as_tensor_and_path(model, twin, tmp_path):
+    inputs = padded_inputs()
+    theirs = twin(MASK.keep, inputs).last_hidden_state
+    MASK.save(tmp_path / "mask.safetensors")
+    for mask in (MASK.keep, tmp_path / "mask.safetensors", str(tmp_path / "mask.safetensors")):
+        assert patch_bert(model, mask) is model
+        close(run(model, inputs).last_hidden_state, theirs, inputs)
+
+
+def test_patching_twice_replaces_and_unpatching_restores(model, twin):
+    inputs = padded_inputs()
+    dense = run(model, inputs).last_hidden_state
+    before, keys = model.config._attn_implementation, list(model.state_dict())
+    patch_bert(model, MASK, bits=2)
+    patch_bert(model, MASK)
+    close(run(model, inputs).last_hidden_state, twin(MASK.keep, inputs).last_hidden_state, inputs)
+    assert list(model.state_dict()) == keys
+    assert unpatch(model) is model and not is_patched(model)
+    assert model.config._attn_implementation == before
+    torch.testing.assert_close(run(model, inputs).last_hidden_state, dense)
+    with pytest.raises(ValueError, match="is not patched"):
+        unpatch(model)
+
+
+def test_context_manager_restores_what_was_there(model):
+    inputs = padded_inputs()
+    dense = run(model, inputs).last_hidden_state
+    with pytest.raises(KeyError), patched(model, MASK) as inside:
+        assert inside is model and is_patched(model)
+        raise KeyError
+    assert not is_patched(model)
+    torch.testing.assert_close(run(model, inputs).last_hidden_state, dense)
+    patch_bert(model, MASK, 3)
+    outer = run(model, inputs).last_hidden_state
+    with patched(model, ~MASK | MASK):
+        assert not torch.allclose(run(model, inputs).last_hidden_state, outer)
+    torch.testing.assert_close(run(model, inputs).last_hidden_state, outer)
+
+
+def test_two_models_from_one_config_are_independent():
+    config = small_config()
+    first, second = BertModel(config).eval(), BertModel(config).eval()
+    inputs = padded_inputs()
+    before = run(second, inputs).last_hidden_state
+    patch_bert(first, MASK)
+    assert second.config._attn_implementation == config._attn_implementation != first.config._attn_implementation
+    torch.testing.assert_close(run(second, inputs).last_hidden_state, before)
+
+
+def test_output_attentions_are_those_used(model, twin):
+    inputs = padded_inputs()
+    patch_bert(model, MASK)
+    output = run(model, inputs, output_attentions=True)
+    theirs = twin(MASK.keep, inputs)
+    close(output.last_hidden_state, theirs.last_hidden_state, inputs)
+    assert len(output.attentions) == 2 and output.attentions[0].shape == (3, 2, 20, 20)
+    real = inputs["attention_mask"].bool()
+    pruned = ~MASK.keep[0, :, :20, :20].expand(3, -1, -1, -1)
+    assert (output.attentions[0][pruned] == 0).all()
+    rows = output.attentions[0].sum(-1).transpose(1, 2)[real]
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    assert "attentions" not in run(model, inputs)
+    patch_bert(model, MASK, bits=3)
+    levels = run(model, inputs, output_attentions=True).attentions[1].unique()
+    assert len(levels) <= 8
+
+
+def test_dropout_applies_in_training_only(model):
+    for module in model.modules():
+        if hasattr(module, "dropout") and hasattr(module, "query"):
+            module.dropout.p = 0.5
+    inputs = padded_inputs()
+    patch_bert(model, MASK)
+    torch.testing.assert_close(run(model, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
+    model.train()
+    assert not torch.allclose(run(model, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_the_same_gradients(model, dropout):
+    for block in model.encoder.layer:
+        block.attention.self.dropout.p = dropout
+    inputs = padded_inputs()
+    patch_bert(model, MASK, bits=3).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(**inputs).last_hidden_state.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) > 10
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_gradients_equal_masked_eager(model):
+    """Training through the sparse kernels: gradients of the dense formula."""
+    inputs = padded_inputs()
+    real = inputs["attention_mask"].bool()
+    dense = copy.deepcopy(model)
+    dense.set_attn_implementation("masked_eager_twin")
+    for layer, block in enumerate(dense.encoder.layer):
+        block.attention.self.twin_keep = MASK.keep[layer]
+    patch_bert(model, MASK)
+    for each in (model, dense):
+        each(**inputs).last_hidden_state[real].square().sum().backward()
+    for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_compiles_as_one_graph_for_any_length(model):
+    patch_bert(model, MASK, bits=3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((20, 13), (31, 2), (9, 9)):
+        inputs = padded_inputs(lengths)
+        close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs)
+    inputs.pop("attention_mask")
+    torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
+
+
+def test_follows_the_model(model, tmp_path):
+    """Deep copies, dtype changes, saving and loading, meta devices."""
+    inputs = padded_inputs()
+    patch_bert(model, MASK, bits=3)
+    output = run(model, inputs).last_hidden_state
+    torch.testing.assert_close(run(copy.deepcopy(model), inputs).last_hidden_state, output)
+    torch.testing.assert_close(run(model.double().float(), inputs).last_hidden_state, output)
+    model.save_pretrained(tmp_path)
+    loaded = BertModel.from_pretrained(tmp_path).eval()
+    assert not is_patched(loaded) and loaded.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(run(patch_bert(loaded, MASK, bits=3), inputs).last_hidden_state, output)
+    state = model.to("meta").encoder.layer[0].attention.self.sparse_attention
+    assert state.layout.device.type == "meta"
+
+
+def test_loaded_with_any_attention_implementation(model, twin, tmp_path):
+    model.save_pretrained(tmp_path)
+    inputs = padded_inputs()
+    for implementation in ("eager", "sdpa"):
+        loaded = BertModel.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+        patch_bert(loaded, MASK)
+        close(run(loaded, inputs).last_hidden_state, twin(MASK.keep, inputs).last_hidden_state, inputs)
+        assert unpatch(loaded).config._attn_implementation == implementation
+
+
+def test_decoder_with_cache_uses_absolute_positions():
+    torch.manual_seed(0)
+    model = BertModel(small_config(is_decoder=True)).eval()
+    patch_bert(model, MASK)
+    tokens = torch.randint(0, 99, (2, 12))
+    whole = run(model, {"input_ids": tokens}).last_hidden_state
+    cache, steps = None, []
+    for piece in tokens.split([5, 1, 4, 1, 1], dim=1):
+        output = run(model, {"input_ids": piece}, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.last_hidden_state)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_cross_attention_stays_dense():
+    torch.manual_seed(0)
+    model = BertModel(small_config(is_decoder=True, add_cross_attention=True)).eval()
+    encoder_mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    more = dict(encoder_hidden_states=torch.randn(2, 7, 64), encoder_attention_mask=encoder_mask)
+    inputs = {"input_ids": torch.randint(0, 99, (2, 9)), **more}
+    dense = run(model, inputs).last_hidden_state
+    full = GlobalMask.random(2, 2, 32, sparsity=0.0)
+    torch.testing.assert_close(run(patch_bert(model, full), inputs).last_hidden_state, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_wrong_masks_and_models_are_named(model, tmp_path):
+    def refused(match, mask, error=ValueError, target=model, **arguments):
+        with pytest.raises(error, match=match):
+            patch_bert(target, mask, **arguments)
+        assert not is_patched(target)
+
+    refused("the mask has 3 layers x 2 heads, BertModel has 2 x 2", GlobalMask.random(3, 2, 32, sparsity=0.5))
+    refused("the mask has 2 layers x 4 heads", GlobalMask.random(2, 4, 32, sparsity=0.5))
+    refused("covers 32 queries and 16 keys", GlobalMask.random(2, 2, 32, 16, sparsity=0.5))
+    refused("boolean tensor", torch.ones(2, 2, 8, 8))
+    refused("mask is list", [True], error=TypeError)
+    refused("no such file", tmp_path / "missing.safetensors", error=FileNotFoundError)
+    refused("bits is 9", MASK, bits=9)
+    refused("backend is 'cuda'", MASK, backend="cuda")
+    refused("Linear is not a transformers model", MASK, error=TypeError, target=nn.Linear(2, 2))
+    gpt = GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=9))
+    refused("GPT2Model has no attention that can be patched; expected BertModel", MASK, error=TypeError, target=gpt)
+
+
+def test_wrong_inputs_are_named(model):
+    patch_bert(model, GlobalMask.random(2, 2, 16, sparsity=0.5))
+    with pytest.raises(ValueError, match="queries end at position 20 and keys at 20, the mask covers 16"):
+        run(model, padded_inputs())
+    inputs = padded_inputs((8, 8))
+    inputs["attention_mask"] = torch.ones(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 8, 8\)"):
+        run(model, inputs)
+    inputs["attention_mask"] = torch.ones(2, 8, 8)
+    inputs["attention_mask"][0, 0] = 0
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        run(model, inputs)
+
+
+def test_registered_name_is_accepted_by_transformers(model):
+    """Both registries know the name; without the mask function, padding would be ignored silently."""
+    assert integration.ATTENTION_NAME in modeling_bert.ALL_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    assert integration.ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    assert isinstance(small_config(), BertConfig) and callable(sparse_attention)

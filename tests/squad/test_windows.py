@@ -1,0 +1,159 @@
+"""Windows cover every context, know where the answer is, and come in batches longest first."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies
+
+from sparse_attn.squad import Window, collate, length_sorted_batches, make_windows
+from tests.squad.samples import ask, contexts, letter_tokenizer
+
+TOKENIZER = letter_tokenizer()
+
+
+def text_of(window, context):
+    return context[window.offsets[window.start_position][0] : window.offsets[window.end_position][1]]
+
+
+def window_of(tokens):
+    return Window(
+        0, list(range(5, 5 + tokens)), [0] + [1] * (tokens - 1), [None] + [(0, 1)] * (tokens - 1), 1, 2
+    )
+
+
+def test_windows_by_hand():
+    # [CLS] w h ? [SEP] are 5 tokens, the last [SEP] 1: 6 of 10 context tokens fit, windows advance by 4.
+    windows = make_windows([ask("ab cd ef gh ij", "gh", question="wh?")], TOKENIZER, max_length=12, stride=2)
+    context = [(0, 1), (1, 2), (3, 4), (4, 5), (6, 7), (7, 8), (9, 10), (10, 11), (12, 13), (13, 14)]
+    assert [window.offsets for window in windows] == [
+        [None] * 5 + context[:6] + [None],
+        [None] * 5 + context[4:] + [None],
+    ]
+    assert [(window.start_position, window.end_position) for window in windows] == [(0, 0), (7, 8)]
+    assert [window.token_type_ids for window in windows] == [[0] * 5 + [1] * 7] * 2
+    assert TOKENIZER.convert_ids_to_tokens(windows[1].input_ids) == (
+        ["[CLS]", "w", "##h", "?", "[SEP]", "e", "##f", "g", "##h", "i", "##j", "[SEP]"]
+    )
+
+
+@settings(deadline=None)
+@given(contexts, strategies.data(), strategies.integers(10, 60))
+def test_every_character_is_inside_a_window(context, data, max_length):
+    start = data.draw(strategies.sampled_from([i for i, character in enumerate(context) if character != " "]))
+    windows = make_windows([ask(context, context[start], start)], TOKENIZER, max_length, stride=1)
+    holders = [window for window in windows if window.end_position]
+    assert holders
+    for window in holders:
+        assert (
+            window.offsets[window.start_position] == window.offsets[window.end_position] == (start, start + 1)
+        )
+    assert all(len(window.input_ids) <= max_length for window in windows)
+
+
+@settings(deadline=None)
+@given(contexts, strategies.data())
+def test_an_answer_no_longer_than_the_stride_is_inside_a_window(context, data):
+    words = context.split()
+    answer = data.draw(strategies.sampled_from(words))
+    windows = make_windows([ask(context, answer)], TOKENIZER, max_length=30, stride=9)
+    holders = [window for window in windows if window.end_position]
+    assert holders
+    assert {text_of(window, context) for window in holders} == {answer}
+
+
+def test_an_answer_cut_by_a_window_is_not_in_it():
+    context = "ab cd ef gh ij"
+    windows = make_windows([ask(context, "cd ef gh", question="wh?")], TOKENIZER, max_length=12, stride=2)
+    assert [(window.start_position, window.end_position) for window in windows] == [(0, 0), (0, 0)]
+
+
+def test_spaces_at_the_ends_of_an_answer_do_not_hide_it():
+    (window,) = make_windows([ask("ab cd  ", " cd  ")], TOKENIZER)
+    assert text_of(window, "ab cd  ") == "cd"
+
+
+def test_an_answer_that_has_no_token_is_nowhere():
+    (window,) = make_windows([ask("ab  cd", "  ")], TOKENIZER)
+    assert (window.start_position, window.end_position) == (0, 0)
+
+
+def test_questions_keep_their_order_over_several_calls():
+    questions = [ask(f"number {index} end", str(index), start=7, id=str(index)) for index in range(600)]
+    windows = make_windows(questions, TOKENIZER)
+    assert [window.question_index for window in windows] == list(range(600))
+    assert [text_of(window, questions[window.question_index].context) for window in windows] == (
+        [question.answers[0] for question in questions]
+    )
+
+
+def test_a_question_that_leaves_no_room_is_named():
+    fine = ask("ab cd", "cd", id="fine")
+    long = ask("ab cd " * 20, "cd", question="w" * 90, id="long")
+    with pytest.raises(
+        ValueError, match=r"question 'long' \('www.* has 90 tokens.*leaves 0 of max_length 50.*of 80"
+    ):
+        make_windows([fine, long], TOKENIZER, max_length=50, stride=10)
+    with pytest.raises(
+        ValueError, match=r"question 'long'.*leaves 7 of max_length 100.*more than the stride \(10\)"
+    ):
+        make_windows([fine, long], TOKENIZER, max_length=100, stride=10)
+    with pytest.raises(ValueError, match="leaves 10 of max_length 103"):
+        make_windows([fine, long], TOKENIZER, max_length=103, stride=10)
+    assert len(make_windows([fine, long], TOKENIZER, max_length=104, stride=10)) > 2
+
+
+def test_a_short_context_needs_no_room_for_a_stride():
+    question = ask("ab cd", "cd", question="w" * 20)
+    (window,) = make_windows([question], TOKENIZER, max_length=27, stride=10)
+    assert text_of(window, "ab cd") == "cd"
+    with pytest.raises(ValueError, match="leaves 3 of max_length 26"):
+        make_windows([question], TOKENIZER, max_length=26, stride=10)
+
+
+def test_wrong_arguments_are_refused():
+    question = ask("ab cd", "cd")
+    with pytest.raises(TypeError, match="tokenizer is a str.*fast tokenizer"):
+        make_windows([question], "bert-base-uncased")
+    for lengths in ((0, 1), (20, -1)):
+        with pytest.raises(ValueError, match=f"max_length is {lengths[0]} and stride {lengths[1]}"):
+            make_windows([question], TOKENIZER, *lengths)
+
+
+@settings(deadline=None)
+@given(strategies.lists(strategies.integers(2, 40)), strategies.integers(1, 9))
+def test_sorted_batches_are_a_permutation_from_long_to_short(lengths, batch_size):
+    batches = length_sorted_batches([window_of(tokens) for tokens in lengths], batch_size)
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert order == sorted(order, key=lambda index: (-lengths[index], index))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert all(1 <= len(batch) <= batch_size for batch in batches[-1:])
+
+
+def test_batches_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        length_sorted_batches([window_of(3)], 0)
+
+
+@pytest.mark.parametrize("pad_to", [None, 7])
+def test_collate_pads_on_the_right(pad_to):
+    batch = collate([window_of(3), window_of(5)], pad_token_id=99, pad_to=pad_to)
+    length = pad_to or 5
+    expected_ids = [[5, 6, 7] + [99] * (length - 3), [5, 6, 7, 8, 9] + [99] * (length - 5)]
+    assert batch["input_ids"].tolist() == expected_ids
+    assert batch["attention_mask"].tolist() == [[int(id != 99) for id in row] for row in expected_ids]
+    assert batch["token_type_ids"].tolist() == [
+        [0, 1, 1] + [0] * (length - 3),
+        [0, 1, 1, 1, 1] + [0] * (length - 5),
+    ]
+    assert batch["start_positions"].tolist() == [1, 1]
+    assert batch["end_positions"].tolist() == [2, 2]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_collate_refuses_what_it_cannot_pad():
+    with pytest.raises(ValueError, match="no windows"):
+        collate([], 0)
+    with pytest.raises(ValueError, match=r"5 tokens, more than pad_to \(4\)"):
+        collate([window_of(5)], 0, pad_to=4)
+    with pytest.raises(ValueError, match="pad_token_id is None"):
+        collate([window_of(5)], None)

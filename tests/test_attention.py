@@ -1,0 +1,270 @@
+"""`sparse_attention`: what it means, on every backend."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparse_attn import GlobalMask, QuantizationTable, log_table, quantize, sparse_attention
+from sparse_attn.attention import attention_probabilities
+from tests.helpers import assert_within_budget, backends, random_inputs, random_layout
+
+LENGTHS = (1, 15, 16, 17, 63, 129, 384)
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def naive_masked_softmax(query, key, value, kept, scale, table=None):
+    """Attention written out row by row, in float64."""
+    output = torch.zeros_like(query)
+    for batch, head, row in torch.cartesian_prod(*(torch.arange(n) for n in query.shape[:3])).tolist():
+        keys = kept[batch, head, row].nonzero()[:, 0]
+        if len(keys) == 0:
+            continue
+        p = torch.softmax(key[batch, head, keys] @ query[batch, head, row] * scale, dim=0)
+        p = p if table is None else quantize(p, table)
+        output[batch, head, row] = p @ value[batch, head, keys]
+    return output
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_reference_is_a_masked_softmax(bits, causal):
+    query, key, value = random_inputs((2, 3, 19, 8), torch.float64, "cpu")
+    layout = random_layout(3, 25, 0.7, "cpu")
+    lengths = torch.tensor([19, 11])
+    kept = layout.keep()[None, :, :19, :19] & (torch.arange(19) < lengths.view(-1, 1, 1, 1))
+    kept = kept & (torch.arange(19).view(-1, 1) < lengths.view(-1, 1, 1, 1))
+    kept = kept.tril() if causal else kept
+    result = sparse_attention(
+        query, key, value, layout, bits=bits, causal=causal, key_lengths=lengths, query_lengths=lengths,
+        backend="reference",
+    )  # fmt: skip
+    naive = naive_masked_softmax(query, key, value, kept, 8**-0.5, log_table(bits) if bits else None)
+    torch.testing.assert_close(result, naive, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize("bits", [None, 3])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_padded_lengths(backend, device, length, bits):
+    query, key, value = random_inputs((2, 2, length, 32), torch.float32, device)
+    layout = random_layout(2, max(length, 20), 0.8, device)
+    lengths = torch.tensor([length, (length + 1) // 2], device=device)
+    arguments = dict(bits=bits, key_lengths=lengths, query_lengths=lengths)
+    result = sparse_attention(query, key, value, layout, backend=backend, **arguments)
+    assert_within_budget(result, query, key, value, layout, **arguments)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize("bits", [None, 3])
+@pytest.mark.parametrize("lengths", [(1,), (15, 16, 17), (63, 0, 129), (384, 1)])
+def test_packed_lengths(backend, device, lengths, bits):
+    layout = random_layout(2, 384, 0.8, device)
+    query, key, value = random_inputs((sum(lengths), 2, 32), torch.float32, device)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0).to(torch.int32)
+    result, lse = sparse_attention(
+        query, key, value, layout, bits=bits, cu_seqlens=cu_seqlens, return_lse=True, backend=backend
+    )
+    start = 0
+    for length in lengths:
+        parts = [t[start : start + length].transpose(0, 1).unsqueeze(0) for t in (query, key, value)]
+        own = result[start : start + length].transpose(0, 1).unsqueeze(0)
+        if length:
+            assert_within_budget(own, *parts, layout, bits=bits)
+            _, own_lse = sparse_attention(*parts, layout, return_lse=True, backend="reference")
+            torch.testing.assert_close(lse[:, start : start + length], own_lse[0], atol=1e-5, rtol=1e-5)
+        start += length
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 40])
+def test_head_dims_and_dtypes(backend, device, head_dim, dtype):
+    if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
+    query, key, value = random_inputs((1, 2, 70, head_dim), dtype, device)
+    layout = random_layout(2, 80, 0.7, device)
+    for bits in (None, 3):
+        result = sparse_attention(query, key, value, layout, bits=bits, backend=backend)
+        assert result.dtype == dtype
+        assert_within_budget(result, query, key, value, layout, bits=bits)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize("granularity", ["element", "tile"])
+@pytest.mark.parametrize("bits", [1, 4, 8, QuantizationTable(1e-2, (0.0, 0.03, 0.2, 0.7))])
+def test_bits_and_granularities(backend, device, granularity, bits):
+    query, key, value = random_inputs((2, 2, 90, 32), torch.float32, device)
+    layout = random_layout(2, 96, 0.8, device, granularity)
+    assert layout.lists(16).full == (granularity == "tile")
+    result = sparse_attention(query, key, value, layout, bits=bits, backend=backend)
+    assert_within_budget(result, query, key, value, layout, bits=bits)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize("bits", [None, 3])
+def test_causal_offset_and_scattered_padding(backend, device, bits):
+    query, key, value = random_inputs((2, 2, 40, 32), torch.float32, device)
+    layout = random_layout(2, 64, 0.5, device)
+    padding = torch.rand(2, 40, device=device) < 0.7
+    for arguments in (
+        dict(causal=True),
+        dict(key_padding_mask=padding),
+        dict(key_padding_mask=padding, causal=True, key_lengths=torch.tensor([40, 21], device=device)),
+        dict(scale=0.3),
+    ):
+        result = sparse_attention(query, key, value, layout, bits=bits, backend=backend, **arguments)
+        assert_within_budget(result, query, key, value, layout, bits=bits, **arguments)
+    for offset in (1, 16, 23):
+        rows = query[:, :, : 40 - offset]
+        arguments = dict(causal=True, query_offset=offset)
+        result = sparse_attention(rows, key, value, layout, bits=bits, backend=backend, **arguments)
+        assert_within_budget(result, rows, key, value, layout, bits=bits, **arguments)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+def test_dropout_is_the_same_everywhere(backend, device):
+    query, key, value = random_inputs((2, 2, 50, 32), torch.float32, device)
+    layout = random_layout(2, 50, 0.5, device)
+    results = []
+    for name in (backend, "reference"):
+        torch.manual_seed(7)
+        results.append(sparse_attention(query, key, value, layout, dropout=0.3, backend=name))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+    torch.manual_seed(8)
+    assert not torch.allclose(results[0], sparse_attention(query, key, value, layout, dropout=0.3, backend=backend))
+
+
+def test_dropout_drops_the_share_it_says():
+    query, key, value = random_inputs((4, 4, 128, 8), torch.float32, "cpu")
+    layout = GlobalMask.from_function(lambda *position: torch.tensor(True), 1, 4, 128).layout(0)
+    _, used = attention_probabilities(query, key, value, layout, dropout=0.3)
+    _, dense = attention_probabilities(query, key, value, layout)
+    assert (used == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
+    for axis in (0, 1, 2):  # no row, head or sequence shares its draws with another one
+        assert not torch.equal((used == 0).select(axis, 0), (used == 0).select(axis, 1))
+    kept = used != 0
+    torch.testing.assert_close(used[kept], dense[kept] / 0.7)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch", "reference"))
+def test_rows_without_keys_are_zero(backend, device):
+    keep = torch.ones(1, 1, 20, 20, dtype=torch.bool)
+    keep[0, 0, 3] = False  # an empty row
+    keep[0, 0, 5, :10] = False  # empty for sequences of length 10 and less
+    layout = GlobalMask(keep).layout(0, device)
+    query, key, value = random_inputs((2, 1, 20, 32), torch.float32, device)
+    lengths = torch.tensor([20, 10], device=device)
+    for bits in (None, 3):
+        output, lse = sparse_attention(
+            query, key, value, layout, bits=bits, key_lengths=lengths, return_lse=True, backend=backend
+        )
+        same = sparse_attention(query, key, value, layout, bits=bits, key_lengths=lengths, backend=backend)
+        torch.testing.assert_close(output, same, atol=1e-5, rtol=1e-5)
+        empty = torch.zeros(2, 1, 20, dtype=torch.bool, device=device)
+        empty[:, :, 3] = empty[1, :, 5] = True
+        assert (output[empty] == 0).all() and (lse[empty] == float("-inf")).all()
+        assert torch.isfinite(lse[~empty]).all() and (output[~empty] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch", "reference"))
+def test_padding_rows_are_zero_and_padding_keys_unseen(backend, device):
+    query, key, value = random_inputs((2, 2, 33, 32), torch.float32, device)
+    layout = random_layout(2, 40, 0.4, device)
+    lengths = torch.tensor([33, 9], device=device)
+    first = sparse_attention(query, key, value, layout, key_lengths=lengths, query_lengths=lengths, backend=backend)
+    key[1, :, 9:], value[1, :, 9:] = 1e4, float("nan")
+    second = sparse_attention(query, key, value, layout, key_lengths=lengths, query_lengths=lengths, backend=backend)
+    if backend == "reference":  # it multiplies all values, unseen ones by zero
+        value = value.nan_to_num()
+        second = sparse_attention(
+            query, key, value, layout, key_lengths=lengths, query_lengths=lengths, backend=backend
+        )
+    torch.testing.assert_close(first, second)
+    assert (first[1, :, 9:] == 0).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch", "reference"))
+def test_full_mask_is_dense_attention(backend, device):
+    query, key, value = random_inputs((2, 2, 65, 64), torch.float32, device)
+    layout = GlobalMask(torch.ones(1, 2, 65, 65, dtype=torch.bool)).layout(0, device)
+    result = sparse_attention(query, key, value, layout, backend=backend)
+    torch.testing.assert_close(result, scaled_dot_product_attention(query, key, value), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_random_calls(backend, device, data):
+    """Any shape, mask and option agrees with the reference; extreme but finite inputs give finite outputs."""
+    batch, heads, length = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 70)))
+    head_dim = data.draw(st.sampled_from([16, 32, 40, 64]))
+    torch.manual_seed(data.draw(st.integers(0, 10**6)))
+    layout = random_layout(heads, length + data.draw(st.integers(0, 20)), data.draw(st.floats(0, 0.99)), device)
+    query, key, value = random_inputs((batch, heads, length, head_dim), torch.float32, device)
+    query = query * data.draw(st.sampled_from([1.0, 30.0]))
+    arguments = dict(
+        bits=data.draw(st.sampled_from([None, 2, 5])),
+        causal=data.draw(st.booleans()),
+        key_lengths=torch.randint(0, length + 1, (batch,), device=device),
+    )
+    result = sparse_attention(query, key, value, layout, backend=backend, **arguments)
+    assert torch.isfinite(result).all()
+    if query.abs().max() < 10:
+        assert_within_budget(result, query, key, value, layout, **arguments)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+def test_permuting_keys_with_the_mask_changes_nothing(backend, device):
+    query, key, value = random_inputs((1, 2, 48, 32), torch.float32, device)
+    keep = torch.rand(1, 2, 48, 48) < 0.3
+    order = torch.randperm(48)
+    plain = sparse_attention(query, key, value, GlobalMask(keep).layout(0, device), backend=backend)
+    permuted = GlobalMask(keep[:, :, :, order]).layout(0, device)
+    moved = sparse_attention(
+        query, key[:, :, order.to(device)], value[:, :, order.to(device)], permuted, backend=backend
+    )
+    torch.testing.assert_close(plain, moved, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_arguments_are_named():
+    query, key, value = random_inputs((2, 2, 10, 16), torch.float32, "cpu")
+    layout = random_layout(2, 8, 0.5, "cpu")
+    wide = random_layout(2, 16, 0.5, "cpu")
+    cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
+    packed = [torch.randn(10, 2, 16) for _ in range(3)]
+
+    def refused(match, *tensors, layout=wide, error=ValueError, **arguments):
+        with pytest.raises(error, match=match):
+            sparse_attention(*(tensors or (query, key, value)), layout, **arguments)
+
+    refused("longer than the mask: queries end at position 10 and keys at 10, the mask covers 8", layout=layout)
+    refused("3 heads, the mask's layer 2", *random_inputs((2, 3, 10, 16), torch.float32, "cpu"))
+    refused("expected a SparseLayout", layout=torch.ones(2, 2))
+    refused("expected one dtype", query, key.half(), value)
+    refused(r"int64", *(t.long() for t in (query, key, value)))
+    refused("batch, heads and head_dim must agree", query, key[:1], value[:1])
+    refused("expected query \\[batch", query[0], key[0], value[0])
+    refused("key_lengths is torch.int64 \\(3,\\)", key_lengths=torch.tensor([1, 2, 3]))
+    refused("key_padding_mask is torch.int64", key_padding_mask=torch.ones(2, 10, dtype=torch.int64))
+    refused("bits is 9, expected 1..8", bits=9)
+    refused("bits is 0, expected 1..8", bits=0)
+    refused("bits is 3.0", bits=3.0, error=TypeError)
+    refused("dropout is 1.0", dropout=1.0)
+    refused("query_offset is -1", query_offset=-1)
+    refused("backend is 'fast', expected 'auto' or one of", backend="fast")
+    refused("padding masks out", *packed, cu_seqlens=cu_seqlens, key_lengths=torch.tensor([4, 6]))
+    refused("cumulative lengths from 0 to the 10 tokens", *packed, cu_seqlens=cu_seqlens[:2])
+    refused("longest packed sequence has 10 tokens", *packed, layout=layout, cu_seqlens=cu_seqlens[[0, 2]])
+    refused("cu_seqlens is torch.float32", *packed, cu_seqlens=cu_seqlens.float())
+    refused("float64", *(t.double() for t in (query, key, value)), backend="triton", error=RuntimeError)
+
+
+def test_auto_takes_what_a_named_backend_refuses():
+    exact = random_inputs((1, 2, 10, 300), torch.float64, "cpu")
+    layout = random_layout(2, 16, 0.5, "cpu")
+    with pytest.raises(RuntimeError, match="head_dim 300 is larger than 256"):
+        sparse_attention(*exact, layout, backend="triton")
+    result = sparse_attention(*exact, layout)
+    assert torch.equal(result, sparse_attention(*exact, layout, backend="reference"))

@@ -1,0 +1,135 @@
+"""Averages as data: means, merging, files."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparse_attn import AttentionAverages, GlobalMask, load_published_averages
+
+
+def some_averages(query_len=5, seed=0) -> AttentionAverages:
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.rand(2, 3, query_len, query_len, generator=generator, dtype=torch.float64)
+    counts = torch.randint(1, 9, (query_len, query_len), generator=generator)
+    return AttentionAverages(sums, counts, sequences=8, tokens=30, metadata={"model": "m", "data": "d"})
+
+
+def test_merge_is_the_average_over_both():
+    first, second = some_averages(5), some_averages(3, seed=1)
+    merged = first.merge(second)
+    counts = first.counts.clone()
+    counts[:3, :3] += second.counts
+    sums = first.sums.clone()
+    sums[:, :, :3, :3] += second.sums
+    torch.testing.assert_close(merged.mean, sums / counts)
+    assert (merged.sequences, merged.tokens, merged.metadata) == (16, 60, first.metadata)
+    torch.testing.assert_close(second.merge(first).mean, merged.mean)
+    assert torch.equal(first.sums, some_averages(5).sums)  # inputs stay as they were
+
+
+def test_merge_follows_the_published_running_mean():
+    """Worked example: two sentences in a batch of one size, three in a larger one."""
+    first = torch.tensor([[0.6, 0.4], [0.5, 0.5]], dtype=torch.float64)
+    second = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    averages = AttentionAverages.from_mean(first[None, None], torch.full((2, 2), 2)).merge(
+        AttentionAverages.from_mean(second[None, None], torch.full((3, 3), 3))
+    )
+    expected = torch.tensor([[0.36, 0.46, 0.3], [0.26, 0.68, 0.1], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    torch.testing.assert_close(averages.mean[0, 0], expected)
+    assert averages.counts.tolist() == [[5, 5, 3], [5, 5, 3], [3, 3, 3]]
+
+
+def test_save_and_load_give_the_same_object(tmp_path):
+    averages = some_averages()
+    averages.save(tmp_path / "a.safetensors")
+    loaded = AttentionAverages.load(tmp_path / "a.safetensors")
+    assert torch.equal(loaded.sums, averages.sums) and torch.equal(loaded.counts, averages.counts)
+    assert (loaded.sequences, loaded.tokens, loaded.metadata) == (8, 30, {"model": "m", "data": "d"})
+
+
+def test_bad_values_and_shapes_are_named():
+    sums = torch.zeros(1, 2, 3, 3)
+    sums[0, 1, 2, 0] = float("nan")
+    with pytest.raises(ValueError, match="nan at layer 0, head 1, query 2, key 0"):
+        AttentionAverages(sums, torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"sums of shape \(1, 2, 3, 3\) and counts of shape \(2, 2\)"):
+        AttentionAverages(torch.zeros(1, 2, 3, 3), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="negative"):
+        AttentionAverages(-torch.ones(1, 1, 2, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="2 layers x 3 heads with 1 layers x 1 heads"):
+        some_averages().merge(AttentionAverages(torch.zeros(1, 1, 2, 2), torch.ones(2, 2)))
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.safetensors: no such file"):
+        AttentionAverages.load(tmp_path / "nothing.safetensors")
+    averages, path = some_averages(), tmp_path / "a.safetensors"
+    averages.save(path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"PK\x03\x04 something else", whole[:20]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="a.safetensors: not a readable safetensors file"):
+            AttentionAverages.load(path)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="not one of sparse_attn"):
+        AttentionAverages.load(path)
+    GlobalMask.random(1, 1, 4, sparsity=0.5).save(path)
+    with pytest.raises(ValueError, match="holds global mask, expected attention averages"):
+        AttentionAverages.load(path)
+    path.write_bytes(whole.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 9'))
+    with pytest.raises(ValueError, match="format version 9 .* is newer than 1"):
+        AttentionAverages.load(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    some_averages().save(path)
+    before = path.read_bytes()
+
+    def fails(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr("sparse_attn.files.save_file", fails)
+    with pytest.raises(OSError, match="no space"):
+        some_averages(7).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("source", ["bert", "fairseq", "transformer-xl"])
+def test_published_patterns(tmp_path, source):
+    pattern = np.random.default_rng(0).random((2, 3, 4, 4))  # layers, heads, queries, keys
+    pattern[:, :, 3, :] = 0
+    if source == "transformer-xl":
+        pattern = np.concatenate([pattern, pattern], axis=3)
+        stored = pattern.transpose(0, 2, 3, 1)[:, :, :, None].astype(np.float32)
+    else:
+        stored = pattern[:, None].astype(np.float32 if source == "bert" else np.float64)
+    np.save(tmp_path / "p.npy", stored)
+    averages = load_published_averages(tmp_path / "p.npy")
+    torch.testing.assert_close(averages.mean, torch.from_numpy(pattern), rtol=1e-6, atol=0)
+    assert averages.metadata["source"] == source
+    assert (averages.counts[3] == 0).all() and (averages.counts[:3] == 1).all()
+
+
+def test_bad_patterns_are_named(tmp_path):
+    path = tmp_path / "p.npy"
+    with pytest.raises(FileNotFoundError, match="p.npy"):
+        load_published_averages(path)
+    np.save(path, np.zeros((2, 3, 4, 4)))
+    with pytest.raises(ValueError, match=r"float64 of shape \(2, 3, 4, 4\)"):
+        load_published_averages(path)
+    np.save(path, np.zeros((2, 3, 4, 5, 6)))
+    with pytest.raises(ValueError, match="fits no published pattern"):
+        load_published_averages(path)
+    np.save(path, np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="without pickled objects"):
+        load_published_averages(path)
+    path.write_bytes(b"\x93NUMPY\x01\x00")
+    with pytest.raises(ValueError, match="p.npy: not a readable"):
+        load_published_averages(path)
+    np.save(path, np.full((1, 1, 1, 2, 2), np.nan))
+    with pytest.raises(ValueError, match="nan at layer 0"):
+        load_published_averages(path)
+    with pytest.raises(ValueError, match="source is 'gpt'"):
+        load_published_averages(path, source="gpt")

@@ -1,0 +1,217 @@
+"""Global masks: selection, the published rule on its worked examples, combination, files."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_attn import AttentionAverages, GlobalMask
+from sparse_attn.ranking import published_bounds
+
+HEAD_0 = [[0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.05, 0.15, 0.8]]
+HEAD_1 = [[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]]
+
+
+def averages_of(mean: torch.Tensor, **metadata) -> AttentionAverages:
+    return AttentionAverages.from_mean(mean.double(), **metadata)
+
+
+def worked_example() -> AttentionAverages:
+    mean = torch.zeros(1, 2, 4, 4, dtype=torch.float64)
+    mean[0, :, :3, :3] = torch.tensor([HEAD_0, HEAD_1], dtype=torch.float64)
+    return averages_of(mean)
+
+
+def random_averages(layers=2, heads=3, length=20, seed=0) -> AttentionAverages:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(layers, heads, length, length, generator=generator, dtype=torch.float64)
+    return averages_of(logits.mul(3).softmax(-1), counts=torch.ones(length, length))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bounds"),
+    [
+        (torch.nn.functional.pad(torch.ones(3, 2), (0, 2, 0, 1)), (3, 2)),
+        (torch.ones(4, 4), (3, 3)),
+        (torch.zeros(4, 4), (0, 0)),
+        (torch.nn.functional.pad(torch.ones(4, 3), (0, 1)), (3, 3)),
+        (torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]), (3, 3)),
+    ],
+)
+def test_published_bounds(pattern, bounds):
+    assert published_bounds(pattern[None]) == bounds
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "inside", "pruned", "empty_rows"),
+    [
+        (0, 1, 15, set()),
+        (0.25, 7, 21, set()),
+        (0.5, 9, 23, set()),
+        (0.75, 14, 28, {(0, 1), (1, 0)}),
+        (0.9, 16, 30, {(0, 1), (1, 0), (1, 1), (1, 2)}),
+    ],
+)
+def test_strict_masks_of_the_worked_example(sparsity, inside, pruned, empty_rows):
+    keep = GlobalMask.from_averages(worked_example(), sparsity, strict=True).keep[0]
+    assert int((~keep[:, :3, :3]).sum()) == inside and int((~keep).sum()) == pruned
+    assert {tuple(row) for row in (~keep[:, :3].any(-1)).nonzero().tolist()} == empty_rows
+
+
+def test_strict_mask_in_full():
+    keep = GlobalMask.from_averages(worked_example(), 0.5, strict=True).keep[0]
+    assert (~keep).int().tolist() == [
+        [[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]],
+        [[0, 1, 1, 1], [1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1]],
+    ]
+
+
+def test_strict_keeps_the_published_off_by_one():
+    mean = (torch.arange(16, dtype=torch.float64) + 1).view(1, 1, 4, 4) / 16
+    assert int((~GlobalMask.from_averages(averages_of(mean), 0.5, strict=True).keep).sum()) == 6
+    # Transformer-XL ranks the whole array.
+    whole = averages_of(mean, source="transformer-xl")
+    assert int((~GlobalMask.from_averages(whole, 0.5, strict=True).keep).sum()) == 9
+
+
+def test_strict_refuses_what_was_never_published():
+    with pytest.raises(ValueError, match="strict=True is the published rule"):
+        GlobalMask.from_averages(worked_example(), 0.5, granularity="tile", strict=True)
+    empty_layer = torch.cat([worked_example().mean, torch.zeros(1, 2, 4, 4)])
+    with pytest.raises(ValueError, match="layer 1 has no non-zero"):
+        GlobalMask.from_averages(averages_of(empty_layer), 0.5, strict=True)
+
+
+@given(
+    sparsity=st.floats(0, 0.99),
+    scope=st.sampled_from(["layer", "head", "model"]),
+    granularity=st.sampled_from(["element", "tile"]),
+    length=st.integers(1, 40),
+)
+@settings(deadline=None, max_examples=50)
+def test_budget_diagonal_and_order(sparsity, scope, granularity, length):
+    averages = random_averages(length=length)
+    mask = GlobalMask.from_averages(averages, sparsity, granularity, scope)
+    assert mask.keep.diagonal(dim1=2, dim2=3).all()
+    rows = 16 if granularity == "tile" else 1
+    tiles = mask.keep[:, :, ::rows]
+    groups = tiles.shape[2]
+    pool = {"layer": 3 * groups * length, "head": groups * length, "model": 6 * groups * length}[scope]
+    forced = {"layer": 3, "head": 1, "model": 6}[scope] * length  # one tile per diagonal position and head
+    per_pool = {"layer": tiles.sum((1, 2, 3)), "head": tiles.sum((2, 3)).flatten(), "model": tiles.sum()[None]}[scope]
+    assert (per_pool == max(round((1 - sparsity) * pool), forced)).all()
+    if granularity == "tile":
+        assert torch.equal(mask.keep, tiles.repeat_interleave(16, 2)[:, :, :length])
+    elif scope == "head":  # nothing pruned is larger than something kept, the diagonal apart
+        off = ~torch.eye(length, dtype=torch.bool)
+        for layer, head in ((0, 0), (1, 2)):
+            mean, keep = averages.mean[layer, head][off], mask.keep[layer, head][off]
+            if keep.any() and not keep.all():
+                assert mean[keep].min() >= mean[~keep].max()
+
+
+def test_sparsity_zero_keeps_everything_seen():
+    averages = worked_example()
+    keep = GlobalMask.from_averages(averages, 0.0).keep
+    assert torch.equal(keep[0, 0], (averages.counts > 0) | torch.eye(4, dtype=torch.bool))
+
+
+def test_tiles_rank_by_their_mean():
+    mean = torch.zeros(1, 1, 32, 32, dtype=torch.float64)
+    mean[0, 0, :16, 5] = 0.2  # 16 rows of 0.2 beat one row of 0.9
+    mean[0, 0, 3, 7] = 0.9
+    averages = averages_of(mean, counts=torch.ones(32, 32))
+    mask = GlobalMask.from_averages(averages, 1 - 1 / 64, granularity="tile", keep_diagonal=False)
+    assert mask.keep[0, 0, :16, 5].all() and int(mask.keep.sum()) == 16
+
+
+def test_unseen_positions_are_pruned_but_for_the_diagonal():
+    counts = torch.ones(6, 6)
+    counts[4:] = counts[:, 4:] = 0
+    averages = AttentionAverages.from_mean(torch.rand(1, 2, 6, 6, dtype=torch.float64) + 0.1, counts)
+    keep = GlobalMask.from_averages(averages, 0.2).keep
+    outside = keep.clone()
+    outside[:, :, :4, :4] = False
+    assert torch.equal(outside.any(0).any(0), torch.diag(torch.tensor([0, 0, 0, 0, 1, 1])).bool())
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_sparsity_outside_its_range(sparsity):
+    with pytest.raises(ValueError, match=r"expected a share in \[0, 1\)"):
+        GlobalMask.from_averages(worked_example(), sparsity)
+    with pytest.raises(ValueError, match=r"expected a share in \[0, 1\)"):
+        GlobalMask.random(1, 1, 4, sparsity=sparsity)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="granularity is 'block', expected one of"):
+        GlobalMask.from_averages(worked_example(), 0.5, granularity="block")
+    with pytest.raises(ValueError, match="scope is 'all'"):
+        GlobalMask.from_averages(worked_example(), 0.5, scope="all")
+    with pytest.raises(ValueError, match="no counted position"):
+        GlobalMask.from_averages(AttentionAverages(torch.zeros(1, 1, 2, 2), torch.zeros(2, 2)), 0.5)
+    with pytest.raises(ValueError, match="boolean tensor"):
+        GlobalMask.from_tensor(torch.ones(1, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"torch.bool \(2, 2\)"):
+        GlobalMask.from_tensor(torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="returned torch.int64"):
+        GlobalMask.from_function(lambda layer, head, query, key: query - key, 1, 1, 4)
+    with pytest.raises(ValueError, match="cannot be combined"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5) & GlobalMask.random(1, 1, 5, sparsity=0.5)
+    with pytest.raises(ValueError, match="layer is 1; the mask has layers 0 to 0"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5).layout(1)
+
+
+def test_random_masks():
+    mask = GlobalMask.random(2, 3, 10, 12, sparsity=0.5, keep_diagonal=False, seed=1)
+    assert mask.keep.shape == (2, 3, 10, 12) and (mask.keep.sum((1, 2, 3)) == 180).all()
+    assert mask == GlobalMask.random(2, 3, 10, 12, sparsity=0.5, keep_diagonal=False, seed=1)
+    assert mask != GlobalMask.random(2, 3, 10, 12, sparsity=0.5, keep_diagonal=False, seed=2)
+
+
+def test_functions_tensors_and_logic():
+    band = GlobalMask.from_function(lambda layer, head, query, key: (query - key).abs() <= layer + head, 2, 2, 5)
+    assert band.keep[1, 1, 0].tolist() == [True, True, True, False, False]
+    stripes = GlobalMask.from_tensor(torch.arange(5).eq(0).expand(5, 5), layers=2, heads=2)
+    assert torch.equal((band | stripes).keep, band.keep | stripes.keep)
+    assert torch.equal((band & ~stripes).keep, band.keep & ~stripes.keep)
+    assert band.density().shape == (2, 2) and band.density()[0, 0].item() == pytest.approx(0.2)
+    assert copy.deepcopy(band) == band
+
+
+def test_retained_attention():
+    averages = worked_example()
+    mask = GlobalMask.from_averages(averages, 0.5, strict=True)
+    kept = averages.mean * mask.keep
+    torch.testing.assert_close(mask.retained_attention(averages), kept.sum((2, 3)) / averages.mean.sum((2, 3)))
+    full = GlobalMask.from_tensor(torch.ones(4, 4, dtype=torch.bool), layers=1, heads=2)
+    torch.testing.assert_close(full.retained_attention(averages), torch.ones(1, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="do not fit a mask"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5).retained_attention(averages)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 7, 5), (1, 2, 64, 64)])
+def test_save_and_load_give_the_same_mask(tmp_path, shape):
+    mask = GlobalMask(torch.rand(shape) < 0.3, {"sparsity": 0.7})
+    mask.save(tmp_path / "m.safetensors")
+    loaded = GlobalMask.load(tmp_path / "m.safetensors")
+    assert loaded == mask and loaded.metadata == {"sparsity": 0.7}
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "m.safetensors"
+    GlobalMask.random(2, 3, 32, sparsity=0.5).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="m.safetensors: not a readable"):
+        GlobalMask.load(path)
+    path.write_bytes(whole.replace(b"[2, 3, 32, 32]", b"[9, 9, 32, 32]"))
+    with pytest.raises(ValueError, match="m.safetensors: damaged global mask"):
+        GlobalMask.load(path)
+
+
+def test_layouts_are_compiled_once():
+    mask = GlobalMask.random(2, 3, 32, sparsity=0.5)
+    assert mask.layout(1) is mask.layout(1, "cpu") is not mask.layout(0)

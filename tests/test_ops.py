@@ -1,0 +1,136 @@
+"""The operator: registration, gradients, tracing."""
+
+import pytest
+import torch
+
+from sparse_attn import GlobalMask, sparse_attention
+from sparse_attn.attention import attention_probabilities, choose_backend
+from sparse_attn.ops import AttentionCall
+from tests.helpers import backends, random_inputs, random_layout
+
+
+def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
+    """Arguments of torch.ops.sparse_attn.attention for a small random call."""
+    captured = []
+    from sparse_attn import attention
+
+    layout = random_layout(2, 12, 0.4, "cpu")
+    shape = (12, 2, 16) if packed else (2, 2, 12, 16)
+    tensors = [t.requires_grad_() for t in random_inputs(shape, dtype, "cpu")]
+    original = attention.run
+
+    def spy(call: AttentionCall, name: str):
+        captured.append((call, name))
+        return original(call, name)
+
+    attention.run = spy
+    try:
+        arguments = dict(cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32)) if packed else {}
+        sparse_attention(*tensors, layout, bits=bits, backend=backend, **arguments)
+    finally:
+        attention.run = original
+    (call, name), table = captured[0], captured[0][0].table
+    return (
+        call.query, call.key, call.value, call.layout, list(call.layout_sizes), call.query_lengths, call.key_lengths,
+        call.key_padding, call.cu_seqlens, call.max_length, call.seed, call.scale, list(table.levels) if table else [],
+        table.threshold if table else 0.0, call.causal, call.query_offset, call.dropout, call.need_lse, name,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(backend, packed):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    torch.library.opcheck(torch.ops.sparse_attn.attention.default, operator_arguments(backend, dtype, packed=packed))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"key_lengths": torch.tensor([9, 4])}])
+def test_gradcheck_of_the_reference(arguments):
+    layout = random_layout(2, 9, 0.5, "cpu")
+    tensors = [t.requires_grad_() for t in random_inputs((2, 2, 9, 4), torch.float64, "cpu")]
+    torch.autograd.gradcheck(
+        lambda *t: sparse_attention(*t, layout, backend="reference", **arguments), tensors, fast_mode=False
+    )
+
+
+def test_gradcheck_packed():
+    layout = random_layout(2, 9, 0.5, "cpu")
+    tensors = [t.requires_grad_() for t in random_inputs((10, 2, 4), torch.float64, "cpu")]
+    cu_seqlens = torch.tensor([0, 7, 10], dtype=torch.int32)
+    torch.autograd.gradcheck(
+        lambda *t: sparse_attention(*t, layout, cu_seqlens=cu_seqlens, backend="reference"), tensors
+    )
+
+
+def gradients(tensors, layout, grad_output, backend, **arguments):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    torch.manual_seed(3)
+    output = sparse_attention(*leaves, layout, backend=backend, **arguments)
+    return torch.autograd.grad(output, leaves, grad_output)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("torch"))
+@pytest.mark.parametrize("arguments", [{}, {"bits": 3}, {"dropout": 0.4}, {"bits": 2, "dropout": 0.2, "causal": True}])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_agree_with_the_reference(backend, device, arguments, packed):
+    layout = random_layout(2, 30, 0.6, device)
+    tensors = random_inputs((30, 2, 16) if packed else (2, 2, 30, 16), torch.float32, device)
+    grad_output = torch.randn_like(tensors[0])
+    more = dict(arguments)
+    if packed:
+        more["cu_seqlens"] = torch.tensor([0, 11, 30], dtype=torch.int32, device=device)
+    else:
+        more["key_lengths"] = more["query_lengths"] = torch.tensor([30, 13], device=device)
+    ours = gradients(tensors, layout, grad_output, backend, **more)
+    theirs = gradients(tensors, layout, grad_output, "reference", **more)
+    for own, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, reference, atol=2e-5, rtol=1e-4)
+
+
+def test_rounding_is_straight_through():
+    """The operator's gradient with bits is that of the differentiable formula with straight-through rounding."""
+    layout = random_layout(2, 20, 0.5, "cpu")
+    tensors = [t.requires_grad_() for t in random_inputs((1, 2, 20, 8), torch.float64, "cpu")]
+    grad_output = torch.randn(1, 2, 20, 8, dtype=torch.float64)
+    output, _ = attention_probabilities(*tensors, layout, bits=3)
+    formula = torch.autograd.grad(output, tensors, grad_output)
+    operator = gradients(tensors, layout, grad_output, "reference", bits=3)
+    for own, other in zip(operator, formula, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_compiles_without_breaks_for_any_length(backend):
+    mask = GlobalMask.random(1, 2, 32, sparsity=0.5)
+    layout = mask.layout(0)
+    compiled = torch.compile(
+        lambda q, k, v: sparse_attention(q, k, v, layout, bits=3, backend=backend),
+        fullgraph=True, dynamic=True, backend="aot_eager",
+    )  # fmt: skip
+    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    graphs.clear()
+    for length in (9, 17, 32, 20):
+        tensors = [t.requires_grad_() for t in random_inputs((2, 2, length, 16), torch.float32, "cpu")]
+        eager = sparse_attention(*tensors, layout, bits=3, backend=backend)
+        torch.testing.assert_close(compiled(*tensors), eager)
+        compiled(*tensors).sum().backward()
+    assert graphs["unique_graphs"] == 1
+
+
+def test_output_strides_fit_transformers():
+    """[batch, tokens, heads * head_dim] is a view of the output, on every backend and in the fake."""
+    layout = random_layout(2, 16, 0.5, "cpu")
+    tensors = random_inputs((2, 2, 16, 8), torch.float32, "cpu")
+    for backend in ("reference", "torch", "triton"):
+        output = sparse_attention(*tensors, layout, backend=backend)
+        assert output.transpose(1, 2).is_contiguous()
+
+
+def test_named_backend_never_falls_back():
+    layout = random_layout(2, 16, 0.5, "cpu")
+    tensors = [t.requires_grad_() for t in random_inputs((1, 2, 16, 32), torch.float32, "cpu")]
+    with pytest.raises(RuntimeError, match="no backward kernel"):
+        sparse_attention(*tensors, layout, backend="triton")
+    call = operator_arguments("torch")
+    assert call[-1] == "torch" and callable(choose_backend)

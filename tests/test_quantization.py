@@ -1,0 +1,77 @@
+"""The table quantiser against the published values (method `linear_slog_clamped_midval`)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_attn import QuantizationTable, log_table, quantize
+
+INPUTS = (0, 0.0005, 0.001, 0.0015, 0.01, 0.05, 0.1, 0.126, 0.25, 0.3, 0.5, 0.7, 0.9, 0.999, 1)
+THREE_BITS = (
+    0, 0, 0.00163789, 0.00163789, 0.0117877, 0.0316228, 0.0848343, 0.0848343, 0.227585, 0.227585,
+    0.61054, 0.61054, 0.61054, 0.61054, 0.61054,
+)  # fmt: skip
+TWO_BITS = (0, 0, 0.00316228, 0.00316228, 0.0316228, 0.0316228, *[0.316228] * 9)
+
+
+@pytest.mark.parametrize(("bits", "published"), [(3, THREE_BITS), (2, TWO_BITS)])
+def test_published_values(bits, published):
+    result = quantize(torch.tensor(INPUTS, dtype=torch.float64), log_table(bits))
+    torch.testing.assert_close(result, torch.tensor(published, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_published_levels():
+    three = (0, 0.00163789, 0.00439397, 0.0117877, 0.0316228, 0.0848343, 0.227585, 0.61054)
+    assert log_table(3).levels == pytest.approx(three, rel=1e-5)
+    assert log_table(4).levels[1:] == pytest.approx([10 ** (-3 + 0.2 * k + 0.1) for k in range(15)])
+    assert log_table(2).step == pytest.approx(-math.log2(1e-3) / 3)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_levels_count_and_order(bits):
+    table = log_table(bits)
+    assert table.bits == bits and len(table.levels) == 2**bits
+    assert list(table.levels) == sorted(set(table.levels)) and table.levels[-1] < 1
+
+
+@given(st.integers(1, 8), st.floats(0, 1))
+def test_a_level_is_half_a_bin_away(bits, p):
+    table = log_table(bits)
+    rounded = quantize(torch.tensor(p, dtype=torch.float64), table).item()
+    if p < table.threshold:
+        assert rounded == 0
+    else:
+        assert rounded in table.levels
+        assert abs(math.log2(rounded) - math.log2(p)) <= table.step / 2 + 1e-9
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=20))
+def test_rounding_is_monotonic(values):
+    ordered = torch.tensor(sorted(values), dtype=torch.float32)
+    assert (quantize(ordered, log_table(3)).diff() >= 0).all()
+
+
+def test_shape_dtype_and_straight_through_gradient():
+    p = torch.rand(2, 3, 4, dtype=torch.float32, requires_grad=True)
+    rounded = quantize(p, log_table(3))
+    assert rounded.shape == p.shape and rounded.dtype == p.dtype
+    rounded.sum().backward()
+    assert torch.equal(p.grad, torch.ones_like(p))
+
+
+@pytest.mark.parametrize(("bits", "error"), [(0, ValueError), (9, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_bits_outside_the_range(bits, error):
+    with pytest.raises(error, match=r"expected.*1\.\.8"):
+        log_table(bits)
+
+
+def test_bad_tables():
+    with pytest.raises(ValueError, match="threshold is 1.5"):
+        log_table(3, threshold=1.5)
+    with pytest.raises(ValueError, match="has 3 values"):
+        QuantizationTable(1e-3, (0.0, 0.1, 0.2))
+    with pytest.raises(ValueError, match="start with 0.0"):
+        QuantizationTable(1e-3, (0.1, 0.2))

@@ -1,0 +1,112 @@
+import random
+
+import pytest
+import torch
+from transformers import BertConfig, BertForQuestionAnswering
+
+from sparse_attn import GlobalMask, is_patched, patch_bert
+from sparse_attn.squad.windows import Window
+from sparse_attn.training import LengthGroupedBatches, finetune_question_answering
+
+BEFORE_ANSWER, AFTER_ANSWER = 3, 4  # two tokens that mark the answer
+SETTINGS = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 16, "progress": False}
+
+
+def marked_windows(count: int) -> list[Window]:
+    """Random tokens in which two neighbours, the answer, are always the same."""
+    draw = random.Random(0)
+    windows = []
+    for index in range(count):
+        tokens = [draw.randint(5, 39) for _ in range(draw.randint(8, 24))]
+        start = draw.randint(1, len(tokens) - 2)
+        tokens[start : start + 2] = [BEFORE_ANSWER, AFTER_ANSWER]
+        windows.append(Window(index, tokens, [0] * len(tokens), [None] * len(tokens), start, start + 1))
+    return windows
+
+
+def tiny_model() -> BertForQuestionAnswering:
+    torch.manual_seed(0)
+    return BertForQuestionAnswering(
+        BertConfig(
+            vocab_size=40,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=24,
+        )
+    )
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_model_learns_and_the_seed_decides():
+    models, losses = [tiny_model() for _ in range(3)], []
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        losses.append(finetune_question_answering(model, marked_windows(128), 0, seed=seed, **SETTINGS))
+    assert len(losses[0]) == 6 and losses[0][-1] < 0.2 * losses[0][0]
+    assert losses[0] == losses[1] and torch.equal(weights(models[0]), weights(models[1]))
+    assert not torch.equal(weights(models[0]), weights(models[2]))
+    assert not models[0].training
+    assert all(parameter.grad is None for parameter in models[0].parameters())
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_patched_model_trains_through_its_mask(bits):
+    model = patch_bert(tiny_model(), GlobalMask.random(2, 2, 24, sparsity=0.5), bits)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = finetune_question_answering(model, marked_windows(128), 0, **SETTINGS)
+    assert losses[-1] < 0.5 * losses[0]
+    assert is_patched(model)
+    for layer in range(2):
+        for projection in ("query", "key", "value"):
+            name = f"bert.encoder.layer.{layer}.attention.self.{projection}.weight"
+            assert not torch.equal(before[name], model.get_parameter(name)), name
+
+
+def test_nothing_is_left_in_the_current_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finetune_question_answering(tiny_model(), marked_windows(8), 0, epochs=1, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    finetune_question_answering(tiny_model(), marked_windows(8), 0, epochs=1, description="learning")
+    assert "learning: 100%" in capsys.readouterr().err
+
+
+def test_batches_hold_similar_lengths_in_a_new_order_each_pass():
+    lengths = torch.randint(5, 400, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = LengthGroupedBatches(lengths, 16, seed=0)
+    first, second = list(batches), list(batches)
+    assert len(first) == len(batches) == 63
+    assert sorted(index for batch in first for index in batch) == list(range(1000))
+    assert first != second and first == list(LengthGroupedBatches(lengths, 16, seed=0))
+    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in first)
+    assert padded < 1.1 * sum(lengths)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windows": []}, "no windows"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(changes, message):
+    arguments = {"windows": marked_windows(4), "pad_token_id": 0, "progress": False, **changes}
+    with pytest.raises(ValueError, match=message):
+        finetune_question_answering(tiny_model(), **arguments)
+
+
+def test_low_precision_weights_are_refused():
+    with pytest.raises(TypeError, match="torch.bfloat16.*model.float"):
+        finetune_question_answering(tiny_model().bfloat16(), marked_windows(4), 0)
+
+
+def test_without_accelerate_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("sparse_attn.training.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"accelerate.*sparse-attn\[bench\]"):
+        finetune_question_answering(tiny_model(), marked_windows(4), 0)
