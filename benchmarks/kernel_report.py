@@ -36,13 +36,14 @@ _POINTERS = {
     "lse": "*fp32", "stops": "*i32", "columns": "*i32", "row_bits": "*i32", "levels": "*fp32",
     "query_lengths": "*i32", "key_lengths": "*i32", "key_padding": "*u8", "cu_seqlens": "*i32", "seed": "*i64",
 }  # fmt: skip
-_FLOATS = ("scale_log2", "log2_threshold", "inverse_step", "dropout_factor")
+_FLOATS = ("scale_log2", "log2_threshold", "step", "dropout_factor")
 _VARIANTS = {
     "plain": {},
     "padded": dict(query_lengths=True, key_lengths=True, key_padding=True, store_lse=True),
     "tile": dict(full=True, query_lengths=True, key_lengths=True),
     "packed": dict(packed=True),
     "3 bits": dict(levels=8, packed=True),
+    "3 bits, own table": dict(levels=8, mid_points=False, packed=True),
     "causal, dropout": dict(causal=True, dropout=True, store_lse=True),
 }
 

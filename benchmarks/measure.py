@@ -17,9 +17,7 @@ from .device import synchronize
 Result = TypeVar("Result")
 
 
-def timed_passes(
-    run_pass: Callable[[], Result], device: torch.device, repeats: int
-) -> tuple[list[float], Result]:
+def timed_passes(run_pass: Callable[[], Result], device: torch.device, repeats: int) -> tuple[list[float], Result]:
     """Runs `run_pass` once to warm up, then `repeats` times.
 
     Returns the seconds of each repeat, up to the end of all work on `device`, and the last result.

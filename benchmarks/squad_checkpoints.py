@@ -35,7 +35,8 @@ class Recipe:
     epochs: int
     seed: int
     learning_rate: float = 2e-4
-    batch_size: int = 8
+    head_learning_rate: float = 1e-3
+    batch_size: int = 4
     dropout: float = 0.0
 
 
@@ -88,9 +89,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The tokenizer that belongs to a model. Raises ValueError where there is none."""
     local = _check_name(name)
     try:
-        return AutoTokenizer.from_pretrained(
-            name, local_files_only=local, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{_unusable(name, local)}: {error}") from error
 
@@ -160,15 +159,11 @@ def _check_name(name: str) -> bool:
             raise FileNotFoundError(f"--model {name}: the folder has no config.json; expected a saved model")
         return True
     if path.exists() or not HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(
-            f"--model {name}: no such folder; expected a saved model or a name on the hub"
-        )
+        raise FileNotFoundError(f"--model {name}: no such folder; expected a saved model or a name on the hub")
     return False
 
 
-def _digest(
-    model: PreTrainedModel, windows: Sequence[Window], recipe: Recipe, mask: GlobalMask | None
-) -> str:
+def _digest(model: PreTrainedModel, windows: Sequence[Window], recipe: Recipe, mask: GlobalMask | None) -> str:
     digest = hashlib.sha256()
     device = next(model.parameters()).device.type
     digest.update(json.dumps([type(model).__name__, device, asdict(recipe)]).encode())

@@ -92,9 +92,7 @@ def squad_format(records) -> dict:
         "data": [
             {
                 "title": title,
-                "paragraphs": [
-                    {"context": context, "qas": questions} for context, questions in contexts.items()
-                ],
+                "paragraphs": [{"context": context, "qas": questions} for context, questions in contexts.items()],
             }
             for title, contexts in articles.items()
         ],
@@ -112,6 +110,4 @@ def _hub_records(name: str, split: str):
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # datasets raises errors of many libraries
-        raise ValueError(
-            f"{name}: no such file, and no readable {split} split on the hub: {error}"
-        ) from error
+        raise ValueError(f"{name}: no such file, and no readable {split} split on the hub: {error}") from error

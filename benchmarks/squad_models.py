@@ -37,9 +37,7 @@ def make_models(setting: Setting) -> Models:
     models = Models(dense, dense)
     if setting.head_windows is not None:
         start = time.perf_counter()
-        models.dense = finetuned(
-            setting.model, setting.tokenizer, setting.head_windows, recipe, options.cache
-        )
+        models.dense = finetuned(setting.model, setting.tokenizer, setting.head_windows, recipe, options.cache)
         models.sparse = models.dense
         setting.model = _loaded(setting, models.dense)
         models.seconds["finetuning_dense"] = time.perf_counter() - start

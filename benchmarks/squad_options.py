@@ -74,9 +74,7 @@ def _add_mask(group) -> None:
 
 
 def _add_measurement(group) -> None:
-    group.add_argument(
-        "--variants", type=_names, help="names of the rows to measure, by commas (default: all)"
-    )
+    group.add_argument("--variants", type=_names, help="names of the rows to measure, by commas (default: all)")
     group.add_argument("--batch-size", type=_at_least(1), default=32, help="windows (default: %(default)s)")
     group.add_argument(
         "--padding",

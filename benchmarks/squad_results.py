@@ -20,10 +20,7 @@ from .squad_table import PUBLISHED, markdown
 
 def summary(setting: Setting, models: Models, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json."""
-    options = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(setting.options).items()
-    }
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(setting.options).items()}
     checkpoints = {"dense": models.dense, "sparse": models.sparse}
     return {
         "device": describe_device(setting.device),

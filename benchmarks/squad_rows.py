@@ -82,9 +82,7 @@ def _measured(setting: Setting, models: Models, variant: Variant, stem: Path) ->
     return Measured(**json.loads(out.read_text())), load_file(out.with_suffix(".safetensors"))
 
 
-def _row(
-    setting: Setting, models: Models, variant: Variant, measured: Measured, logits: dict
-) -> dict[str, Any]:
+def _row(setting: Setting, models: Models, variant: Variant, measured: Measured, logits: dict) -> dict[str, Any]:
     lengths = [len(window.input_ids) for window in setting.windows]
     start = time.perf_counter()
     answers = best_answers(

@@ -157,9 +157,7 @@ def _chosen_variants(options: Namespace) -> list[Variant]:
 def _check_positions(model: PreTrainedModel, max_length: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
-        raise ValueError(
-            f"--max-length {max_length}: the model has {positions} positions; expected at most that"
-        )
+        raise ValueError(f"--max-length {max_length}: the model has {positions} positions; expected at most that")
 
 
 def _check_patching(setting: Setting) -> None:

@@ -51,9 +51,9 @@ def forward_kernel(
     stride_output_batch, stride_output_head, stride_output_row,
     stride_lse_batch, stride_lse_head,
     heads, groups, key_blocks, query_len, key_len, query_offset, first_group,
-    scale_log2, log2_threshold, inverse_step, dropout_threshold, dropout_factor,
+    scale_log2, log2_threshold, step, dropout_threshold, dropout_factor,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STOP_KEYS: tl.constexpr, LEVELS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    STOP_KEYS: tl.constexpr, LEVELS: tl.constexpr, MID_POINTS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr, HAS_KEY_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +132,7 @@ def forward_kernel(
             mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
         )  # fmt: skip
         _, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum)
-        p = round_to_levels(scores, finite_lse2(row_max, row_sum), log2_threshold, inverse_step, levels, LEVELS)
+        p = round_to_levels(scores, finite_lse2(row_max, row_sum), log2_threshold, step, levels, LEVELS, MID_POINTS)
         if DROPOUT:
             p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
         v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
@@ -150,7 +150,7 @@ def forward_kernel(
                 q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
                 mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
             )  # fmt: skip
-            p = round_to_levels(scores, lse2, log2_threshold, inverse_step, levels, LEVELS)
+            p = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
             if DROPOUT:
                 p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
             v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)

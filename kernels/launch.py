@@ -15,11 +15,19 @@ from .forward import forward_kernel
 
 @dataclass(frozen=True)
 class Rounding:
-    """A quantiser as the kernels take it: float32 [2 ** bits] on the device, log2 of its threshold, 1 / step."""
+    """A quantiser as the kernels take it.
+
+    Attributes:
+        levels: float32 [2 ** bits] on the device.
+        mid_points: whether the levels are the mid-points of their bins, as published: cheaper to compute than to select.
+        log2_threshold: log2 of the smallest probability that is not pruned.
+        step: width of a bin in log2(p).
+    """
 
     levels: Tensor
+    mid_points: bool
     log2_threshold: float
-    inverse_step: float
+    step: float
 
 
 def forward_constants(
@@ -28,6 +36,7 @@ def forward_constants(
     dtype: torch.dtype,
     *,
     levels: int = 0,
+    mid_points: bool = True,
     full: bool = False,
     causal: bool = False,
     packed: bool = False,
@@ -46,6 +55,7 @@ def forward_constants(
         COLUMNS=config.columns,
         STOP_KEYS=stop_keys,
         LEVELS=levels,
+        MID_POINTS=mid_points,
         FULL=full,
         CAUSAL=causal,
         PACKED=packed,
@@ -105,7 +115,7 @@ def forward(
         return
     constants = forward_constants(
         head_dim, config, query.dtype,
-        levels=rounding.levels.numel() if rounding else 0, full=full, causal=causal, packed=packed,
+        levels=rounding.levels.numel() if rounding else 0, mid_points=rounding is None or rounding.mid_points, full=full, causal=causal, packed=packed,
         query_lengths=query_lengths is not None, key_lengths=key_lengths is not None,
         key_padding=key_padding is not None, dropout=seed is not None, store_lse=lse.numel() > 0, stop_keys=stop_keys,
     )  # fmt: skip
@@ -121,7 +131,7 @@ def forward(
         *strides[0], *strides[1], *strides[2], *strides[3][:3], *lse_strides,
         heads, stops.shape[0] // heads, stops.shape[1] - 1, query_len, key_len, query_offset, first_group,
         scale * math.log2(math.e),
-        rounding.log2_threshold if rounding else 0.0, rounding.inverse_step if rounding else 0.0,
+        rounding.log2_threshold if rounding else 0.0, rounding.step if rounding else 1.0,
         dropout_threshold, 1.0 / (1.0 - dropout),
         **constants, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

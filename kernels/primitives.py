@@ -49,12 +49,21 @@ def finite_lse2(row_max, row_sum):
 
 
 @triton.jit
-def round_to_levels(scores, lse2, log2_threshold, inverse_step, levels, LEVELS: tl.constexpr):
-    """Rounded probabilities straight from base-2 scores: p = 2 ** (score - lse2), no exponential needed."""
-    position = (scores - lse2[:, None] - log2_threshold) * inverse_step
-    # The lower bound keeps -inf out of the integers.
-    level = tl.floor(tl.minimum(tl.maximum(position, -1.0), LEVELS - 2.0)).to(tl.int32) + 1
-    return tl.load(levels + level)
+def round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS: tl.constexpr, MID_POINTS: tl.constexpr):
+    """Rounded probabilities straight from base-2 scores: p = 2 ** (score - lse2) falls into a bin of width `step`.
+
+    The value of a bin is its mid-point (MID_POINTS) or comes from `levels` [LEVELS]. It is selected, not loaded by
+    index: the compiler would try to pipeline such a load, and some of its versions fail at that.
+    """
+    position = (scores - lse2[:, None] - log2_threshold) / step
+    # Bin 0 holds what is below the threshold; the lower bound keeps -inf out of the arithmetic that follows.
+    bin = tl.floor(tl.minimum(tl.maximum(position, -1.0), LEVELS - 2.0)) + 1.0
+    if MID_POINTS:
+        return tl.where(bin > 0.0, tl.exp2(log2_threshold + (bin - 0.5) * step), 0.0)
+    rounded = tl.zeros_like(scores)
+    for index in tl.static_range(1, LEVELS):
+        rounded = tl.where(bin == index, tl.load(levels + index), rounded)
+    return rounded
 
 
 @triton.jit

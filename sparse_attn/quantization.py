@@ -20,7 +20,7 @@ DEFAULT_THRESHOLD = 1e-3
 class QuantizationTable:
     """2 ** bits values for probabilities: level 0 is zero, level k (from 1) stands for the k-th bin of log2(p).
 
-    The bins share [log2(threshold), 0] evenly; their values are free, so a calibrated table costs a kernel nothing.
+    The bins share [log2(threshold), 0] evenly; their values are free, so calibrated tables fit the same kernels.
     Instances are hashable constants.
 
     Attributes:

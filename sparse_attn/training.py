@@ -27,6 +27,7 @@ def finetune_question_answering(
     *,
     epochs: int = 2,
     learning_rate: float = 5e-5,
+    head_learning_rate: float | None = None,
     batch_size: int = 16,
     warmup_share: float = 0.1,
     weight_decay: float = 0.01,
@@ -49,6 +50,8 @@ def finetune_question_answering(
         pad_token_id: the tokenizer's padding token.
         epochs: passes over the windows.
         learning_rate: its peak.
+        head_learning_rate: the peak for weights outside the encoder, which start from nothing when a head is new;
+            `learning_rate` if None.
         batch_size: windows per step and process.
         warmup_share: share of the steps in which the rate rises.
         weight_decay: of AdamW; biases and layer norms are exempt.
@@ -84,7 +87,6 @@ def finetune_question_answering(
             learning_rate=learning_rate,
             lr_scheduler_type="linear",
             warmup_steps=round(warmup_share * steps),
-            weight_decay=weight_decay,
             seed=seed,
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=device.type == "cuda",
@@ -100,6 +102,7 @@ def finetune_question_answering(
             data_collator=collate_named,
             train_dataset=list(windows),
             callbacks=[_Bar(description, shown=progress)],
+            optimizers=(_optimizer(model, learning_rate, head_learning_rate, weight_decay), None),
         )
         trainer.remove_callback(PrinterCallback)
         with _dropout(model, dropout):
@@ -177,6 +180,20 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+def _optimizer(
+    model: torch.nn.Module, learning_rate: float, head_learning_rate: float | None, weight_decay: float
+) -> torch.optim.AdamW:
+    encoder = {id(parameter) for parameter in getattr(model, "base_model", model).parameters()}
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for parameter in model.parameters():
+        rate = learning_rate if head_learning_rate is None or id(parameter) in encoder else head_learning_rate
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()], fused=True
+    )
 
 
 @contextmanager

@@ -19,9 +19,9 @@ QUESTIONS_FILE = Path(__file__).parent / "questions.json"
 SEED = 7
 ARTICLES_PER_TOPIC = 3
 PLANS = (
-    (Plan(1, 4, 4), Plan(2, 4, 5), Plan(1, 9, 5)),
-    (Plan(1, 6, 4), Plan(2, 3, 4, interleaved=True), Plan(3, 7, 6)),
-    (Plan(2, 5, 5), Plan(1, 4, 4), Plan(1, 8, 5)),
+    (Plan(1, 4, 6), Plan(2, 3, 6), Plan(1, 7, 7)),
+    (Plan(1, 5, 6), Plan(2, 3, 5, interleaved=True), Plan(3, 7, 3)),
+    (Plan(2, 4, 6), Plan(1, 4, 6), Plan(1, 6, 7)),
 )
 
 
@@ -29,9 +29,7 @@ def generate(seed: int = SEED) -> dict:
     """The question set as SQuAD v1.1 content: one article a title, three paragraphs each."""
     rng = random.Random(seed)
     names = Names(rng)
-    articles = [
-        _article(topic, index, names, rng) for index in range(ARTICLES_PER_TOPIC) for topic in read_topics()
-    ]
+    articles = [_article(topic, index, names, rng) for index in range(ARTICLES_PER_TOPIC) for topic in read_topics()]
     return {"version": "1.1", "data": articles}
 
 
@@ -42,15 +40,9 @@ def to_json(content: dict) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=QUESTIONS_FILE, help="file to write (default: the project's)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=SEED, help="another seed gives other names, facts and questions"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=QUESTIONS_FILE, help="file to write (default: the project's)")
+    parser.add_argument("--seed", type=int, default=SEED, help="another seed gives other names, facts and questions")
     options = parser.parse_args(arguments)
     content = generate(options.seed)
     options.output.write_text(to_json(content), encoding="utf-8", newline="\n")
@@ -65,8 +57,7 @@ def _article(topic: Topic, index: int, names: Names, rng: random.Random) -> dict
     paragraphs = [write_paragraph(topic, index, region, plan, names, rng) for plan in PLANS[index]]
     for number, paragraph in enumerate(paragraphs):
         paragraph["qas"] = [
-            {"id": f"{topic.name}-{index}-{number}-{order}", **entry}
-            for order, entry in enumerate(paragraph["qas"])
+            {"id": f"{topic.name}-{index}-{number}-{order}", **entry} for order, entry in enumerate(paragraph["qas"])
         ]
     title = topic.titles[index].replace("{region}", region)
     return {"title": title, "paragraphs": paragraphs}

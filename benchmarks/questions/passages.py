@@ -41,9 +41,7 @@ class _Writer:
     statements: list[tuple[int, Block, dict[str, str]]] = field(default_factory=list)
 
 
-def write_paragraph(
-    topic: Topic, article: int, region: str, plan: Plan, names: Names, rng: random.Random
-) -> dict:
+def write_paragraph(topic: Topic, article: int, region: str, plan: Plan, names: Names, rng: random.Random) -> dict:
     """A paragraph of the SQuAD v1.1 format, its questions without ids.
 
     Where there are three wordings or more, each of a topic's articles does without another one, so that
@@ -91,7 +89,7 @@ def _with_subject(sentence: str, values: dict[str, str], rng: random.Random) -> 
 
 
 def _ask(writer: _Writer, article: int, number: int, rng: random.Random) -> list[dict]:
-    """Questions on statements all over the passage, in random order, none asking for the same thing twice."""
+    """Questions all over the passage, in random order, none twice; half of them worded much as the passage is."""
     ends = [start - 1 for start, _, _ in writer.statements[1:]] + [len(writer.text)]
     chances: list[tuple[int, int, Ask, dict[str, str]]] = []
     for (start, block, values), end in zip(writer.statements, ends, strict=True):
@@ -99,8 +97,9 @@ def _ask(writer: _Writer, article: int, number: int, rng: random.Random) -> list
     entries = []
     for start, end, ask, values in rng.sample(chances, min(number, len(chances))):
         answers = [_find(writer.text, start, end, fill(answer, values)) for answer in ask.answers]
-        wording = fill(rng.choice(_without_one(ask.wordings, article)), values)
-        entries.append({"question": _upper_first(wording), "answers": answers})
+        near, *far = ask.wordings
+        wording = near if rng.random() < 0.5 else rng.choice(_without_one(far, article))
+        entries.append({"question": _upper_first(fill(wording, values)), "answers": answers})
     return entries
 
 

@@ -7,7 +7,8 @@
     - SENTENCE                      wordings of one statement, of which a passage has one
     - SENTENCE
     ? ANSWER / ANSWER :: QUESTION | QUESTION
-                                    gold answers, each in every wording, and wordings of the question
+                                    gold answers, each in every wording, and wordings of the question:
+                                    first one in the passage's words, then others in other words
 
 {slot} stands for a value, {subject} for the full name, {it} for the full or the short one. The first block
 opens a passage; the others follow in any order.

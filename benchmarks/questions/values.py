@@ -96,9 +96,7 @@ class Names:
         return self._left[kind].pop()
 
 
-def draw_values(
-    lines: tuple[ValueLine, ...], names: Names, rng: random.Random, used: set[str]
-) -> dict[str, str]:
+def draw_values(lines: tuple[ValueLine, ...], names: Names, rng: random.Random, used: set[str]) -> dict[str, str]:
     """Values for the slots of `lines`, and NAME.last for the surname of a person.
 
     `used` holds the values the passage has already and is added to. Choices (`of`) may come a second time
@@ -163,9 +161,7 @@ def _draw_choices(line: ValueLine, names: Names, rng: random.Random) -> list[str
 
 
 _DRAW: dict[str, Callable[[ValueLine, Names, random.Random], list[str]]] = {
-    **dict.fromkeys(
-        ("person", "town", "river", "hill", "hillname", "region", "island", "shipname"), _draw_names
-    ),
+    **dict.fromkeys(("person", "town", "river", "hill", "hillname", "region", "island", "shipname"), _draw_names),
     "year": _draw_years,
     "number": _draw_numbers,
     "rising": _draw_numbers,

@@ -13,7 +13,7 @@ from ..dropout import drop_threshold
 from ..kernels.configuration import MAX_HEAD_DIM, forward_config
 from ..layout import STOP_KEYS, SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
-from ..quantization import QuantizationTable
+from ..quantization import QuantizationTable, log_table
 
 NAME = "triton"
 BACKWARD_USES_LSE = True
@@ -83,8 +83,10 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     (full,) = call.layout_sizes
     rounding = None
     if call.table is not None:
-        levels = _device_levels(call.table, call.query.device)
-        rounding = launch.Rounding(levels, math.log2(call.table.threshold), 1.0 / call.table.step)
+        table = call.table
+        levels = _device_levels(table, call.query.device)
+        mid_points = table == log_table(table.bits, table.threshold)
+        rounding = launch.Rounding(levels, mid_points, math.log2(table.threshold), table.step)
     launch.forward(
         call.query, call.key, call.value, output, lse, *call.layout,
         forward_config(call.query.shape[-1], call.query.dtype.itemsize),

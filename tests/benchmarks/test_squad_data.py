@@ -15,9 +15,7 @@ RECORDS = [
         "question": "who?",
         "answers": {"text": [answer, answer], "answer_start": [0, 0]},
     }
-    for number, (context, answer) in enumerate(
-        [("ada came", "ada"), ("bob came", "bob"), ("ada came", "ada")]
-    )
+    for number, (context, answer) in enumerate([("ada came", "ada"), ("bob came", "bob"), ("ada came", "ada")])
 ]
 
 

@@ -46,9 +46,7 @@ def expected(windows, model_folder):
     for window in windows:
         batch = collate([window], 0)
         with torch.no_grad():
-            outputs = model(
-                **{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-            )
+            outputs = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")})
         starts.append(outputs.start_logits[0])
         ends.append(outputs.end_logits[0])
     return torch.cat(starts), torch.cat(ends)
