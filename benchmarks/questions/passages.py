@@ -89,7 +89,7 @@ def _with_subject(sentence: str, values: dict[str, str], rng: random.Random) -> 
 
 
 def _ask(writer: _Writer, article: int, number: int, rng: random.Random) -> list[dict]:
-    """Questions all over the passage, in random order, none twice; half of them worded much as the passage is."""
+    """Questions all over the passage, in random order, none twice; most of them worded much as the passage is."""
     ends = [start - 1 for start, _, _ in writer.statements[1:]] + [len(writer.text)]
     chances: list[tuple[int, int, Ask, dict[str, str]]] = []
     for (start, block, values), end in zip(writer.statements, ends, strict=True):
@@ -98,7 +98,7 @@ def _ask(writer: _Writer, article: int, number: int, rng: random.Random) -> list
     for start, end, ask, values in rng.sample(chances, min(number, len(chances))):
         answers = [_find(writer.text, start, end, fill(answer, values)) for answer in ask.answers]
         near, *far = ask.wordings
-        wording = near if rng.random() < 0.5 else rng.choice(_without_one(far, article))
+        wording = near if rng.random() < 0.7 else rng.choice(_without_one(far, article))
         entries.append({"question": _upper_first(fill(wording, values)), "answers": answers})
     return entries
 

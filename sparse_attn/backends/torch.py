@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..dropout import dropout_keep
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
+from ..quantization import QuantizationTable, log_table
 
 NAME = "torch"
 BACKWARD_USES_LSE = False
@@ -101,7 +102,8 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
             empty = sequence.bias.amax(-1) == float("-inf")
             result = result.masked_fill(empty.unsqueeze(-1), 0.0) if bool(empty.any()) else result
         else:
-            used, own_lse, _, _ = _probabilities(call, sequence)
+            log_probabilities, own_lse = _log_probabilities(call, sequence)
+            used, _ = _used_probabilities(call, sequence, log_probabilities)
             result = used @ sequence.value.float()
             if call.need_lse:
                 own_rows = sequence.where[-1]
@@ -110,27 +112,40 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def _probabilities(call: AttentionCall, sequence: _Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Probabilities as used, lse, softmax before rounding and dropout, and dropout's factors (or None) of a sequence:
-    float32 [heads, rows, keys], lse [heads, rows]."""
+def _log_probabilities(call: AttentionCall, sequence: _Sequence) -> tuple[Tensor, Tensor]:
+    """Logarithm of a sequence's softmax, float32 [heads, rows, keys], -inf where not kept; and lse [heads, rows]."""
     query, key = sequence.query.float(), sequence.key.float()
     scores = torch.baddbmm(sequence.bias, query, key.transpose(1, 2), alpha=call.scale)
     lse = torch.logsumexp(scores, dim=-1)
-    # Subtract 0 from an empty row's scores, so that exp(-inf) = 0 and nothing becomes NaN.
-    scores -= lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)
-    softmax = torch.exp(scores)
-    used = softmax
-    if call.table is not None:
-        # The level follows from the exponent; no probability is needed. Both bounds keep -inf out of the integers.
-        levels = torch.tensor(call.table.levels, dtype=torch.float32, device=scores.device)
-        position = scores * (math.log2(math.e) / call.table.step) - math.log2(call.table.threshold) / call.table.step
-        used = levels[position.floor_().clamp_(-1, len(call.table.levels) - 2).to(torch.int32).add_(1)]
-    factors = None
-    if call.dropout > 0:
-        keys = torch.arange(key.shape[1], device=key.device)
-        factors = dropout_keep(call.seed, sequence.rows, keys, call.dropout).float() / (1 - call.dropout)
-        used = used * factors
-    return used, lse, softmax, factors
+    # Subtract 0 from an empty row's scores, so that they stay -inf and nothing becomes NaN.
+    return scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)), lse
+
+
+def _used_probabilities(
+    call: AttentionCall, sequence: _Sequence, log_probabilities: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities after rounding and dropout, and dropout's factors or None: float32 [heads, rows, keys]."""
+    if call.table is None:
+        used = log_probabilities.exp()
+    else:
+        used = _rounded(log_probabilities, call.table)
+    if call.dropout == 0:
+        return used, None
+    keys = torch.arange(used.shape[-1], device=used.device)
+    factors = dropout_keep(call.seed, sequence.rows, keys, call.dropout).float() / (1 - call.dropout)
+    return used.mul_(factors), factors
+
+
+def _rounded(log_probabilities: Tensor, table: QuantizationTable) -> Tensor:
+    """The levels of `table` for natural logarithms of probabilities, with as few passes over memory as possible."""
+    per_bin = math.log2(math.e) / table.step
+    bins = log_probabilities.mul(per_bin).sub_(math.log2(table.threshold) / table.step)
+    bins.floor_().clamp_(-1, len(table.levels) - 2)  # -1: below the threshold
+    if table == log_table(table.bits, table.threshold):  # mid-points are quicker to compute than to look up
+        pruned = bins < 0
+        return bins.add_(0.5).mul_(table.step).add_(math.log2(table.threshold)).exp2_().masked_fill_(pruned, 0.0)
+    levels = torch.tensor(table.levels, dtype=torch.float32, device=bins.device)
+    return levels[bins.add_(1).to(torch.int32)]
 
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +155,9 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
             continue
         query, key, value = (t.float() for t in (sequence.query, sequence.key, sequence.value))
         grad = sequence.of(grad_output).float()
-        used, _, softmax, factors = _probabilities(call, sequence)
+        log_probabilities, _ = _log_probabilities(call, sequence)
+        used, factors = _used_probabilities(call, sequence, log_probabilities)
+        softmax = log_probabilities.exp_()
         grad_softmax = grad @ value.transpose(1, 2)  # straight through the rounding
         if factors is not None:
             grad_softmax *= factors
