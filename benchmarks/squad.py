@@ -21,7 +21,7 @@ from .squad_table import print_table
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark. Returns the exit status: 2 for input of no use, 1 for a variant that failed."""
+    """Runs the benchmark. Returns the exit status: 2 for input of no use, 1 for a run that failed."""
     options = parse_options(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     except VariantFailed as error:
         return _fail(error, status=1)
     print_table(rows, f"SQuAD: {setting.model_name}, {setting.data_name}, {describe_device(setting.device)}")
-    write_results(summary(setting, models, rows), options.output)
+    try:
+        write_results(summary(setting, models, rows), options.output)
+    except OSError as error:
+        return _fail(error, status=1)
     print(f"{options.output}: results.json, results.md and results.png")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -26,8 +27,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_training(parser.add_argument_group("fine-tuning"))
     options = parser.parse_args(arguments)
     options.cache = options.cache.expanduser()
-    if options.output.exists() and not options.output.is_dir():
-        parser.error(f"argument --output: {options.output} is not a folder")
+    for name in ("output", "cache"):
+        folder = getattr(options, name)
+        if not _can_hold_files(folder):
+            parser.error(f"argument --{name}: {folder} is not a folder that can be written to")
     return options
 
 
@@ -112,6 +115,12 @@ def _add_training(group) -> None:
     )
     group.add_argument("--epochs", type=_at_least(1), default=4, help="(default: %(default)s)")
     group.add_argument("--seed", type=_at_least(0), default=0, help="of training (default: %(default)s)")
+
+
+def _can_hold_files(folder: Path) -> bool:
+    """Whether `folder` can be written to, or made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _at_least(least: int):

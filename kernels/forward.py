@@ -162,6 +162,6 @@ def forward_kernel(
     stored = row_stored[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(pointers, accumulator.to(output.dtype.element_ty), mask=stored)
     if STORE_LSE:
-        row_lse = tl.where(row_ok & (row_sum > 0.0), (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
+        row_lse = tl.where(row_ok & (row_sum > 0.0), finite_lse2(row_max, row_sum) * LN_2, float("-inf"))
         lse += sequence * stride_lse_batch + head * stride_lse_head + first_token
         tl.store(lse + rows, row_lse, mask=row_stored)

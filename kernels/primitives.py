@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -45,7 +44,8 @@ def softmax_step(scores, row_max, row_sum):
 @triton.jit
 def finite_lse2(row_max, row_sum):
     """Base-2 log-sum-exp of rows, 0 for rows without kept columns (their scores are -inf anyway)."""
-    return tl.where(row_sum > 0.0, row_max + tl.log2(row_sum), 0.0)
+    has_keys = row_sum > 0.0
+    return tl.where(has_keys, row_max + tl.log2(tl.where(has_keys, row_sum, 1.0)), 0.0)
 
 
 @triton.jit

@@ -96,11 +96,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         if 0 in sequence.bias.shape:
             continue
         if fused:
-            query, key, value = (t.unsqueeze(0) for t in (sequence.query, sequence.key, sequence.value))
-            bias = sequence.bias.to(query.dtype)  # fp16 and bf16 hold 0 and -inf exactly
-            result = scaled_dot_product_attention(query, key, value, bias.unsqueeze(0), scale=call.scale)[0]
-            empty = sequence.bias.amax(-1) == float("-inf")
-            result = result.masked_fill(empty.unsqueeze(-1), 0.0) if bool(empty.any()) else result
+            result = _fused(sequence, call.scale)
         else:
             log_probabilities, own_lse = _log_probabilities(call, sequence)
             used, _ = _used_probabilities(call, sequence, log_probabilities)
@@ -110,6 +106,14 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
                 (lse[:, own_rows] if call.packed else lse[sequence.where[0], :, own_rows]).copy_(own_lse)
         sequence.of(output).copy_(result)
     return output, lse
+
+
+def _fused(sequence: _Sequence, scale: float) -> Tensor:
+    query, key, value, bias = (t.unsqueeze(0) for t in (sequence.query, sequence.key, sequence.value, sequence.bias))
+    if query.device.type == "cpu":  # takes a float32 bias for every dtype and yields zeros for rows without keys
+        return scaled_dot_product_attention(query, key, value, bias, scale=scale)[0]
+    result = scaled_dot_product_attention(query, key, value, bias.to(query.dtype), scale=scale)[0]
+    return result.masked_fill((sequence.bias == float("-inf")).all(-1, keepdim=True), 0.0)
 
 
 def _log_probabilities(call: AttentionCall, sequence: _Sequence) -> tuple[Tensor, Tensor]:

@@ -42,9 +42,7 @@ def best_answers(
             not finite in the context, a question has no window, or an option is below 1.
     """
     if max_answer_length < 1 or best < 1:
-        raise ValueError(
-            f"max_answer_length is {max_answer_length} and best {best}; expected at least 1 of each"
-        )
+        raise ValueError(f"max_answer_length is {max_answer_length} and best {best}; expected at least 1 of each")
     if not len(windows) == len(start_logits) == len(end_logits):
         raise ValueError(
             f"{len(windows)} windows, {len(start_logits)} rows of start logits and {len(end_logits)} rows of "
@@ -68,9 +66,7 @@ def best_answers(
             answers[owner] = questions[owner].context[window.offsets[first][0] : window.offsets[last][1]]
     for question, answer in zip(questions, answers, strict=True):
         if answer is None:
-            raise ValueError(
-                f"question {question.id!r} has no window; expected at least one for every question"
-            )
+            raise ValueError(f"question {question.id!r} has no window; expected at least one for every question")
     return {question.id: answer for question, answer in zip(questions, answers, strict=True)}
 
 
@@ -78,14 +74,10 @@ def _best_span(
     window: Window, start: np.ndarray, end: np.ndarray, max_answer_length: int, best: int
 ) -> tuple[float, int, int] | None:
     """Score, first token and last token of the window's best span; None if it has none."""
-    context = np.array(
-        [token for token, span in enumerate(window.offsets) if span is not None], dtype=np.int64
-    )
+    context = np.array([token for token, span in enumerate(window.offsets) if span is not None], dtype=np.int64)
     starts = context[np.argsort(-start[context], kind="stable")[:best], None]  # [starts, 1]
     ends = context[np.argsort(-end[context], kind="stable")[:best]]  # [ends]
-    scores = np.where(
-        (ends >= starts) & (ends - starts < max_answer_length), start[starts] + end[ends], -np.inf
-    )
+    scores = np.where((ends >= starts) & (ends - starts < max_answer_length), start[starts] + end[ends], -np.inf)
     if not np.isfinite(scores).any():
         return None
     row, column = np.unravel_index(scores.argmax(), scores.shape)

@@ -84,9 +84,7 @@ def split_articles(
         raise ValueError(f"train_share is {train_share}; expected a number between 0 and 1, both excluded")
     titles = sorted({question.title for question in questions})
     if len(titles) < 2:
-        raise ValueError(
-            f"questions come from {len(titles)} article(s); a split by article needs at least 2 titles"
-        )
+        raise ValueError(f"questions come from {len(titles)} article(s); a split by article needs at least 2 titles")
     random.Random(seed).shuffle(titles)
     train_titles = set(titles[: min(max(round(train_share * len(titles)), 1), len(titles) - 1)])
     train = [question for question in questions if question.title in train_titles]
@@ -169,8 +167,7 @@ def _field(path: Path, record: str, value: Any, name: str, kind: type) -> Any:
         )
     if type(value[name]) is not kind:
         raise ValueError(
-            f"{path}: {record}: field {name!r} is of type {_json_type(value[name])}; "
-            f"expected {_JSON_TYPES[kind]}"
+            f"{path}: {record}: field {name!r} is of type {_json_type(value[name])}; expected {_JSON_TYPES[kind]}"
         )
     return value[name]
 
@@ -184,9 +181,7 @@ def _text(path: Path, record: str, value: Any, name: str) -> str:
 
 def _expect_object(path: Path, record: str, value: Any) -> None:
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{path}: {record}: of type {_json_type(value)}; expected an object of the SQuAD v1.1 format"
-        )
+        raise ValueError(f"{path}: {record}: of type {_json_type(value)}; expected an object of the SQuAD v1.1 format")
 
 
 def _json_type(value: Any) -> str:

@@ -33,9 +33,7 @@ class Window:
     end_position: int
 
 
-def make_windows(
-    questions: Sequence[Question], tokenizer, max_length: int = 384, stride: int = 128
-) -> list[Window]:
+def make_windows(questions: Sequence[Question], tokenizer, max_length: int = 384, stride: int = 128) -> list[Window]:
     """Cut contexts into windows that share `stride` tokens, each behind its question (Devlin et al., 2019).
 
     Args:
@@ -58,9 +56,7 @@ def make_windows(
             "tokenizer, such as transformers.AutoTokenizer.from_pretrained gives"
         )
     if max_length < 1 or stride < 0:
-        raise ValueError(
-            f"max_length is {max_length} and stride {stride}; expected at least 1 and at least 0"
-        )
+        raise ValueError(f"max_length is {max_length} and stride {stride}; expected at least 1 and at least 0")
     windows: list[Window] = []
     for first in range(0, len(questions), _QUESTIONS_PER_CALL):
         batch = questions[first : first + _QUESTIONS_PER_CALL]
@@ -83,9 +79,7 @@ def length_sorted_batches(windows: Sequence[Window], batch_size: int) -> list[li
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
-def collate(
-    windows: Sequence[Window], pad_token_id: int, pad_to: int | None = None
-) -> dict[str, torch.Tensor]:
+def collate(windows: Sequence[Window], pad_token_id: int, pad_to: int | None = None) -> dict[str, torch.Tensor]:
     """Tensors of a batch, padded on the right.
 
     Args:
@@ -141,10 +135,7 @@ def _windows_of_batch(
     )
     owners = encoding["overflow_to_sample_mapping"]
     offsets = [
-        [
-            span if segment == 1 else None
-            for span, segment in zip(spans, encoding.sequence_ids(row), strict=True)
-        ]
+        [span if segment == 1 else None for span, segment in zip(spans, encoding.sequence_ids(row), strict=True)]
         for row, spans in enumerate(encoding["offset_mapping"])
     ]
     answers: dict[int, list[tuple[int, int]]] = {owner: [] for owner in owners}
@@ -162,9 +153,7 @@ def _windows_of_batch(
         )
 
 
-def _spans_of_first_answer(
-    question: Question, offsets: list[tuple[int, int] | None]
-) -> list[tuple[int, int]]:
+def _spans_of_first_answer(question: Question, offsets: list[tuple[int, int] | None]) -> list[tuple[int, int]]:
     """The character spans of the tokens that have a character of the first answer."""
     if not question.answers:
         return []
@@ -173,9 +162,7 @@ def _spans_of_first_answer(
     return [span for span in offsets if span is not None and span[0] < end and span[1] > start]
 
 
-def _answer_positions(
-    offsets: list[tuple[int, int] | None], answer: list[tuple[int, int]]
-) -> tuple[int, int]:
+def _answer_positions(offsets: list[tuple[int, int] | None], answer: list[tuple[int, int]]) -> tuple[int, int]:
     """First and last token of the answer, (0, 0) unless its first and its last token are both in this window.
 
     `answer` holds the spans of the answer's tokens over all windows of the question, so that characters for

@@ -25,9 +25,7 @@ def letter_tokenizer() -> BertTokenizer:
     return BertTokenizer(vocab={word: index for index, word in enumerate(words)})
 
 
-def ask(
-    context: str, answer: str, start: int | None = None, question: str = "what?", id: str = "q"
-) -> Question:
+def ask(context: str, answer: str, start: int | None = None, question: str = "what?", id: str = "q") -> Question:
     start = context.index(answer) if start is None else start
     assert context[start : start + len(answer)] == answer
     return Question(id, "title", context, question, (answer,), (start,))

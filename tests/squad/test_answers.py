@@ -29,9 +29,7 @@ def answer(peaks_of_start, peaks_of_end, **options):
 def test_a_peak_is_found_through_any_window(context, data):
     question = ask(context, data.draw(strategies.sampled_from(context.split())))
     windows = make_windows([question], TOKENIZER, max_length=30, stride=9)
-    holder = data.draw(
-        strategies.sampled_from([i for i, window in enumerate(windows) if window.end_position])
-    )
+    holder = data.draw(strategies.sampled_from([i for i, window in enumerate(windows) if window.end_position]))
     noise = np.random.default_rng(0)
     start, end = ([noise.uniform(-1, 1, len(window.input_ids)) for window in windows] for _ in range(2))
     start[holder][windows[holder].start_position] = 20
@@ -115,9 +113,7 @@ def test_wrong_logits_are_named():
     good = np.zeros(len(windows[0].input_ids))
     with pytest.raises(ValueError, match="1 windows, 2 rows of start logits and 1 rows of end logits"):
         best_answers([QUESTION], windows, [good, good], [good])
-    with pytest.raises(
-        ValueError, match=r"end logits of window 0 have shape \[3\]; expected \[tokens\] with .* 14"
-    ):
+    with pytest.raises(ValueError, match=r"end logits of window 0 have shape \[3\]; expected \[tokens\] with .* 14"):
         best_answers([QUESTION], windows, [good], [good[:3]])
     bad = good.copy()
     bad[FIRST + 1] = np.nan

@@ -37,9 +37,7 @@ def test_one_question(prediction, answers, exact_match, f1):
 def test_the_mean_over_questions():
     questions = [question("one", "1820"), question("two", "Ada Low"), question("three", "mill")]
     predictions = {"three": "river", "two": "Ada", "one": "1820"}
-    assert exact_match_and_f1(predictions, questions) == pytest.approx(
-        (100 / 3, (100 + 200 / 3) / 3), abs=1e-4
-    )
+    assert exact_match_and_f1(predictions, questions) == pytest.approx((100 / 3, (100 + 200 / 3) / 3), abs=1e-4)
 
 
 def test_scores_do_not_carry_over_between_calls():

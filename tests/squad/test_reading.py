@@ -70,9 +70,7 @@ def changed(change):
 def test_reads_every_field_in_file_order(tmp_path):
     questions = read_squad(write(tmp_path, CONTENT))
     assert [question.id for question in questions] == ["m1", "m2", "d1"]
-    assert questions[0] == Question(
-        "m1", "Mills", CONTEXT, "When was the mill built?", ("1820", "in 1820"), (32, 29)
-    )
+    assert questions[0] == Question("m1", "Mills", CONTEXT, "When was the mill built?", ("1820", "in 1820"), (32, 29))
 
 
 def test_limit_takes_the_first_questions(tmp_path):

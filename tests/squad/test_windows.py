@@ -15,9 +15,7 @@ def text_of(window, context):
 
 
 def window_of(tokens):
-    return Window(
-        0, list(range(5, 5 + tokens)), [0] + [1] * (tokens - 1), [None] + [(0, 1)] * (tokens - 1), 1, 2
-    )
+    return Window(0, list(range(5, 5 + tokens)), [0] + [1] * (tokens - 1), [None] + [(0, 1)] * (tokens - 1), 1, 2)
 
 
 def test_windows_by_hand():
@@ -43,9 +41,7 @@ def test_every_character_is_inside_a_window(context, data, max_length):
     holders = [window for window in windows if window.end_position]
     assert holders
     for window in holders:
-        assert (
-            window.offsets[window.start_position] == window.offsets[window.end_position] == (start, start + 1)
-        )
+        assert window.offsets[window.start_position] == window.offsets[window.end_position] == (start, start + 1)
     assert all(len(window.input_ids) <= max_length for window in windows)
 
 
@@ -88,13 +84,9 @@ def test_questions_keep_their_order_over_several_calls():
 def test_a_question_that_leaves_no_room_is_named():
     fine = ask("ab cd", "cd", id="fine")
     long = ask("ab cd " * 20, "cd", question="w" * 90, id="long")
-    with pytest.raises(
-        ValueError, match=r"question 'long' \('www.* has 90 tokens.*leaves 0 of max_length 50.*of 80"
-    ):
+    with pytest.raises(ValueError, match=r"question 'long' \('www.* has 90 tokens.*leaves 0 of max_length 50.*of 80"):
         make_windows([fine, long], TOKENIZER, max_length=50, stride=10)
-    with pytest.raises(
-        ValueError, match=r"question 'long'.*leaves 7 of max_length 100.*more than the stride \(10\)"
-    ):
+    with pytest.raises(ValueError, match=r"question 'long'.*leaves 7 of max_length 100.*more than the stride \(10\)"):
         make_windows([fine, long], TOKENIZER, max_length=100, stride=10)
     with pytest.raises(ValueError, match="leaves 10 of max_length 103"):
         make_windows([fine, long], TOKENIZER, max_length=103, stride=10)
