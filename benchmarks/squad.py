@@ -11,7 +11,6 @@ import sys
 import torch
 from transformers.utils import logging
 
-from .device import describe_device
 from .squad_models import make_models
 from .squad_options import parse_options
 from .squad_results import summary, write_results
@@ -37,9 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         rows = measure_rows(setting, models)
     except VariantFailed as error:
         return _fail(error, status=1)
-    print_table(rows, f"SQuAD: {setting.model_name}, {setting.data_name}, {describe_device(setting.device)}")
+    results = summary(setting, models, rows)
+    print_table(results)
     try:
-        write_results(summary(setting, models, rows), options.output)
+        write_results(results, options.output)
     except OSError as error:
         return _fail(error, status=1)
     print(f"{options.output}: results.json, results.md and results.png")

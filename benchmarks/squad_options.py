@@ -113,7 +113,7 @@ def _add_training(group) -> None:
         action="store_true",
         help="train on --train-data, or on two thirds of the articles of --data: dense, then masked",
     )
-    group.add_argument("--epochs", type=_at_least(1), default=4, help="(default: %(default)s)")
+    group.add_argument("--epochs", type=_at_least(1), default=3, help="(default: %(default)s)")
     group.add_argument("--seed", type=_at_least(0), default=0, help="of training (default: %(default)s)")
 
 

@@ -66,16 +66,17 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def print_table(rows: Sequence[dict[str, Any]], title: str) -> None:
+def print_table(results: dict[str, Any]) -> None:
     """Prints the rows, and the published ones under them."""
     from rich.console import Console
     from rich.table import Table
 
+    title = f"SQuAD: {results['model']}, {results['data']['name']}, {results['device']}"
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.caption = f"The last two rows: {PUBLISHED_LABEL}."
+    table.caption = " ".join([f"The last two rows: {PUBLISHED_LABEL}.", *_notes(results)])
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
+    for row in results["rows"]:
         table.add_row(*cells(row))
     table.add_section()
     for row in with_speedups(PUBLISHED):
@@ -98,6 +99,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"- {arguments['dtype']}, batches of {arguments['batch_size']}, sorted by length; seconds are the "
         f"median of {arguments['repeats']} warm passes of the model",
         f"- Averages from: {results['averages_from']}",
+        *(f"- {note}" for note in _notes(results)),
         "",
         *_markdown_table(results["rows"]),
         "",
@@ -107,6 +109,15 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _notes(results: dict[str, Any]) -> list[str]:
+    """What a reader must know to compare the rows."""
+    if results["checkpoints"]["sparse"] == results["checkpoints"]["dense"]:
+        return []
+    epochs = len(results["checkpoints"]["sparse"]["losses"])
+    more = f"{epochs} more epoch{'s' if epochs > 1 else ''}"
+    return [f"Sparse rows: the dense rows' weights, trained for {more} with the mask applied."]
 
 
 def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
