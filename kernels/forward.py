@@ -53,7 +53,8 @@ def forward_kernel(
     heads, groups, key_blocks, query_len, key_len, query_offset, first_group,
     scale_log2, log2_threshold, step, dropout_threshold, dropout_factor,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STOP_KEYS: tl.constexpr, LEVELS: tl.constexpr, MID_POINTS: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    STOP_KEYS: tl.constexpr, LEVELS: tl.constexpr, MID_POINTS: tl.constexpr,
+    FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr, HAS_KEY_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -19,7 +19,7 @@ class Rounding:
 
     Attributes:
         levels: float32 [2 ** bits] on the device.
-        mid_points: whether the levels are the mid-points of their bins, as published: cheaper to compute than to select.
+        mid_points: whether the levels are the mid-points of their bins, as published; computing those is cheaper.
         log2_threshold: log2 of the smallest probability that is not pruned.
         step: width of a bin in log2(p).
     """
@@ -115,7 +115,8 @@ def forward(
         return
     constants = forward_constants(
         head_dim, config, query.dtype,
-        levels=rounding.levels.numel() if rounding else 0, mid_points=rounding is None or rounding.mid_points, full=full, causal=causal, packed=packed,
+        levels=rounding.levels.numel() if rounding else 0, mid_points=rounding is None or rounding.mid_points,
+        full=full, causal=causal, packed=packed,
         query_lengths=query_lengths is not None, key_lengths=key_lengths is not None,
         key_padding=key_padding is not None, dropout=seed is not None, store_lse=lse.numel() > 0, stop_keys=stop_keys,
     )  # fmt: skip

@@ -58,8 +58,7 @@ int64_t pack_blocks(const uint8_t* elements, uint8_t* bytes, int64_t count) {
   for (int64_t i = 0; i < blocks; ++i) {
     uint64_t is_zero = 0;
     for (int part = 0; part < 4; ++part) {
-      const __m128i sixteen =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(elements + 64 * i + 16 * part));
+      const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(elements + 64 * i + 16 * part));
       const auto bits = static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(sixteen, zero)));
       is_zero |= static_cast<uint64_t>(bits) << (16 * part);
     }
