@@ -36,6 +36,11 @@ def summary(setting: Setting, models: Models, rows: list[dict[str, Any]]) -> dic
             "tokens": sum(len(window.input_ids) for window in setting.windows),
         },
         "averages_from": setting.averages_from,
+        "peak_memory": (
+            "peak of torch's allocator"
+            if setting.device.type == "cuda"
+            else "peak resident size of each row's own process, libraries included"
+        ),
         "checkpoints": {
             kind: {field: value for field, value in asdict(checkpoint).items() if field != "path"}
             for kind, checkpoint in checkpoints.items()

@@ -37,6 +37,7 @@ PUBLISHED = (
     },
 )
 _ABSENT = "–"
+_TABLE_WIDTH = 120
 
 
 def with_speedups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,10 +82,7 @@ def print_table(results: dict[str, Any]) -> None:
     table.add_section()
     for row in with_speedups(PUBLISHED):
         table.add_row(*cells(row), style="dim")
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width: never cut a cell
-        console = Console(width=200)
-    console.print(table)
+    Console(width=max(Console().width, _TABLE_WIDTH)).print(table)  # a narrow terminal wraps, and no cell is cut
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -96,8 +94,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"- Device: {results['device']}; commit {results['commit'] or 'unknown'}; {results['date']}",
         f"- Model: {results['model']}; data: {data['name']}, {data['questions']} questions in "
         f"{data['windows']} windows of {data['tokens']:,} tokens",
-        f"- {arguments['dtype']}, batches of {arguments['batch_size']}, sorted by length; seconds are the "
-        f"median of {arguments['repeats']} warm passes of the model",
+        f"- {arguments['dtype']}, batches of {arguments['batch_size']}, sorted by length",
+        f"- Seconds: the model's pass over all windows, median of {arguments['repeats']} after one to warm up",
+        f"- Peak memory: {results['peak_memory']}",
         f"- Averages from: {results['averages_from']}",
         *(f"- {note}" for note in _notes(results)),
         "",

@@ -37,6 +37,7 @@ def test_a_run_prints_the_table_and_writes_three_files(arguments, tmp_path, caps
     assert results["data"]["questions"] == results["data"]["windows"] == 12
     assert results["averages_from"] == "evaluation inputs (cities.json)"
     assert results["versions"]["torch"] == torch.__version__
+    assert results["peak_memory"] in (tmp_path / "results" / "results.md").read_text()
     assert results["arguments"]["sparsity"] == 0.5
     assert {"device", "commit", "date"} <= results.keys()
 
