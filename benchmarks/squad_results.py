@@ -20,7 +20,9 @@ from .squad_table import PUBLISHED, markdown
 
 def summary(setting: Setting, models: Models, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of results.json."""
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(setting.options).items()}
+    options = {name: value for name, value in vars(setting.options).items() if name not in ("cache", "output")}
+    for name in ("model", "data", "train_data", "mask"):  # what a file is called, not where it lies
+        options[name] = None if options[name] is None else Path(options[name]).name
     checkpoints = {"dense": models.dense, "sparse": models.sparse}
     return {
         "device": describe_device(setting.device),
