@@ -86,11 +86,19 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as a page of Markdown."""
+    """The results as a page of Markdown, the published figures under them."""
+    return "\n".join(["# SQuAD", "", *measured_lines(results), *published_lines()])
+
+
+def published_lines() -> list[str]:
+    """The published figures in Markdown."""
+    return [f"The {PUBLISHED_LABEL}:", "", *_markdown_table(with_speedups(PUBLISHED)), ""]
+
+
+def measured_lines(results: dict[str, Any]) -> list[str]:
+    """What was measured, where and how, in Markdown."""
     data, arguments = results["data"], results["arguments"]
-    lines = [
-        "# SQuAD",
-        "",
+    return [
         f"- Device: {results['device']}; commit {results['commit'] or 'unknown'}; {results['date']}",
         f"- Model: {results['model']}; data: {data['name']}, {data['questions']} questions in "
         f"{data['windows']} windows of {data['tokens']:,} tokens",
@@ -102,12 +110,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
         *_markdown_table(results["rows"]),
         "",
-        f"The {PUBLISHED_LABEL}:",
-        "",
-        *_markdown_table(with_speedups(PUBLISHED)),
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _notes(results: dict[str, Any]) -> list[str]:
