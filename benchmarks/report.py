@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from .device import ROOT
-from .squad_table import markdown
+from .squad_table import measured_lines, published_lines
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -20,15 +20,13 @@ BEGIN, END = "<!-- squad results: begin -->", "<!-- squad results: end -->"
 
 
 def squad_section(folder: Path) -> str:
-    """Markdown of every SQuAD result below `folder`, in the order of their paths."""
-    pages = []
+    """Markdown of every SQuAD result below `folder`, in the order of their paths, and of the published figures."""
+    lines = []
     for path in sorted(folder.glob("*/squad-*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        page = markdown(results).replace("# SQuAD\n", f"### {results['data']['name']}\n", 1)
-        pages.append(
-            f"{page}\nFile: [{path.relative_to(folder.parent.parent)}]({path.relative_to(folder.parent.parent)})\n"
-        )
-    return "\n".join(pages)
+        name = path.relative_to(folder.parent.parent).as_posix()
+        lines += [f"### {results['data']['name']}", "", *measured_lines(results), f"File: [{name}]({name})", ""]
+    return "\n".join([*lines, *published_lines()])
 
 
 def rendered(page: str, section: str) -> str:
