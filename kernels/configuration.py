@@ -14,8 +14,9 @@ MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
-class ForwardConfig:
-    """How the forward kernel is cut: `rows` queries a program, `columns` list entries a step."""
+class KernelConfig:
+    """How a kernel is cut: `rows` in a group (queries, or keys where the mask is transposed), `columns` list entries a
+    step."""
 
     rows: int
     columns: int
@@ -24,20 +25,20 @@ class ForwardConfig:
 
 
 @cache
-def shipped_forward_configs() -> dict[tuple[int, int], ForwardConfig]:
-    """(largest head_dim, element bytes) -> configuration."""
-    entries = json.loads(Path(__file__).with_name("configurations.json").read_text())["forward"]
-    fields = ForwardConfig.__dataclass_fields__
+def shipped_configs(kernel: str) -> dict[tuple[int, int], KernelConfig]:
+    """(largest head_dim, element bytes) -> configuration of "forward", "grad_query" or "grad_key_value"."""
+    entries = json.loads(Path(__file__).with_name("configurations.json").read_text())[kernel]
+    fields = KernelConfig.__dataclass_fields__
     return {
-        (entry["head_dim"], entry["element_bytes"]): ForwardConfig(**{name: entry[name] for name in fields})
+        (entry["head_dim"], entry["element_bytes"]): KernelConfig(**{name: entry[name] for name in fields})
         for entry in entries
     }
 
 
-def forward_config(head_dim: int, element_bytes: int) -> ForwardConfig:
+def config(kernel: str, head_dim: int, element_bytes: int) -> KernelConfig:
     """The configuration for the smallest shipped head_dim that holds `head_dim`."""
-    configs = shipped_forward_configs()
+    configs = shipped_configs(kernel)
     fitting = [size for size, size_bytes in configs if size_bytes == element_bytes and size >= head_dim]
     if not fitting:
-        raise ValueError(f"no kernel configuration for head_dim {head_dim} with {element_bytes}-byte elements")
+        raise ValueError(f"no configuration of {kernel} for head_dim {head_dim} with {element_bytes}-byte elements")
     return configs[min(fitting), element_bytes]

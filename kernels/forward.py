@@ -4,12 +4,15 @@ import triton
 import triton.language as tl
 
 from .primitives import (
+    LENGTHS,
     LN_2,
     dropout_factors,
+    dropout_row_numbers,
     finite_lse2,
     load_rows,
     round_to_levels,
     row_bits_of,
+    sequence_bounds,
     softmax_step,
 )
 
@@ -21,7 +24,8 @@ def list_scores(
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     FULL: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores of the list entries from `entry` on, -inf where not kept. -> [ROWS, COLUMNS], columns, column_ok"""
+    """Base-2 scores of the list entries from `entry` on, -inf where not kept.
+    -> [ROWS, COLUMNS], the keys' rows [COLUMNS, HEAD_BLOCK], columns, column_ok"""
     entries = entry + tl.arange(0, COLUMNS)
     in_list = entries < list_end
     column = tl.load(columns + entries, mask=in_list, other=0)
@@ -35,13 +39,10 @@ def list_scores(
         kept = kept & row_bits_of(row_bits, entries, in_list, ROWS)
     if CAUSAL:
         kept = kept & (column[None, :] <= mask_rows[:, None])
-    return tl.where(kept, scores, float("-inf")), column, column_ok
+    return tl.where(kept, scores, float("-inf")), k, column, column_ok
 
 
-# Lengths change from call to call: no recompilation for them.
-@triton.jit(
-    do_not_specialize=["query_len", "key_len", "query_offset", "first_group", "stride_lse_batch", "stride_lse_head"]
-)
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     query, key, value, output, lse, stops, columns, row_bits, levels,
     query_lengths, key_lengths, key_padding, cu_seqlens, seed,
@@ -67,36 +68,21 @@ def forward_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
 
-    # Where this sequence starts and ends. Rows and keys are counted within the sequence.
-    first_token = tl.zeros([], dtype=tl.int64)
-    rows_end = query_len
-    keys_end = key_len
-    if PACKED:
-        first_token = tl.load(cu_seqlens + batch).to(tl.int64)
-        rows_end = (tl.load(cu_seqlens + batch + 1) - first_token).to(tl.int32)
-        keys_end = rows_end
-    rows_stored = rows_end
-    if HAS_QUERY_LENGTHS:
-        rows_end = tl.minimum(rows_end, tl.load(query_lengths + batch))
-    if HAS_KEY_LENGTHS:
-        keys_end = tl.minimum(keys_end, tl.load(key_lengths + batch))
-
+    sequence, first_token, rows_end, keys_end, rows_stored, keys_stored = sequence_bounds(
+        batch, cu_seqlens, query_lengths, key_lengths, query_len, key_len, PACKED, HAS_QUERY_LENGTHS, HAS_KEY_LENGTHS
+    )
     mask_rows = group * ROWS + tl.arange(0, ROWS)
     rows = mask_rows - query_offset
     row_ok = (rows >= 0) & (rows < rows_end)
     row_stored = (rows >= 0) & (rows < rows_stored)
     dims = tl.arange(0, HEAD_BLOCK)
 
-    sequence = 0 if PACKED else batch
     query += sequence * stride_query_batch + head * stride_query_head + first_token * stride_query_row
     key += sequence * stride_key_batch + head * stride_key_head + first_token * stride_key_row
     value += sequence * stride_value_batch + head * stride_value_head + first_token * stride_value_row
     output += sequence * stride_output_batch + head * stride_output_head + first_token * stride_output_row
     key_padding += batch * key_len
-    if PACKED:
-        row_numbers = (first_token + rows) * heads + head
-    else:
-        row_numbers = (batch * heads + head) * query_len + rows
+    row_numbers = dropout_row_numbers(batch, head, heads, first_token, rows, query_len, PACKED)
     seed_word = tl.zeros([], dtype=tl.uint32)
     if DROPOUT:
         seed_word = tl.load(seed).to(tl.uint32)
@@ -116,44 +102,50 @@ def forward_kernel(
 
     if LEVELS == 0:
         for entry in tl.range(list_start, list_end, COLUMNS):
-            scores, column, column_ok = list_scores(
+            scores, _, column, column_ok = list_scores(
                 q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
                 mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
             )  # fmt: skip
             p, row_max, row_sum, correction = softmax_step(scores, row_max, row_sum)
             if DROPOUT:
-                p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
+                p *= dropout_factors(
+                    seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor
+                )
             v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
             accumulator = accumulator * correction[:, None]
             accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
         accumulator = accumulator / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
     elif list_end - list_start <= COLUMNS:
-        scores, column, column_ok = list_scores(
+        scores, _, column, column_ok = list_scores(
             q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, list_start, list_end, keys_end,
             mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
         )  # fmt: skip
         _, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum)
-        p = round_to_levels(scores, finite_lse2(row_max, row_sum), log2_threshold, step, levels, LEVELS, MID_POINTS)
+        p = round_to_levels(
+            scores, finite_lse2(row_max, row_sum)[:, None], log2_threshold, step, levels, LEVELS, MID_POINTS
+        )
         if DROPOUT:
-            p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
+            p *= dropout_factors(seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor)
         v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
         accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
     else:
         for entry in tl.range(list_start, list_end, COLUMNS):
-            scores, _, _ = list_scores(
+            scores, _, _, _ = list_scores(
                 q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
                 mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
             )  # fmt: skip
             _, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum)
         lse2 = finite_lse2(row_max, row_sum)
         for entry in tl.range(list_start, list_end, COLUMNS):
-            scores, column, column_ok = list_scores(
+            scores, _, column, column_ok = list_scores(
                 q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
                 mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
             )  # fmt: skip
-            p = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
+            p = round_to_levels(scores, lse2[:, None], log2_threshold, step, levels, LEVELS, MID_POINTS)
             if DROPOUT:
-                p *= dropout_factors(seed_word, row_numbers, column, dropout_threshold, dropout_factor)
+                p *= dropout_factors(
+                    seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor
+                )
             v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
             accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
 

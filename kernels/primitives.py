@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+# Lengths change from call to call: kernels are not compiled again for them.
+LENGTHS = ["query_len", "key_len", "query_offset", "first_group", "stride_lse_batch", "stride_lse_head"]
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -52,10 +54,12 @@ def finite_lse2(row_max, row_sum):
 def round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS: tl.constexpr, MID_POINTS: tl.constexpr):
     """Rounded probabilities straight from base-2 scores: p = 2 ** (score - lse2) falls into a bin of width `step`.
 
+    `lse2` broadcasts against `scores`.
+
     The value of a bin is its mid-point (MID_POINTS) or comes from `levels` [LEVELS]. It is selected, not loaded by
     index: the compiler would try to pipeline such a load, and some of its versions fail at that.
     """
-    position = (scores - lse2[:, None] - log2_threshold) / step
+    position = (scores - lse2 - log2_threshold) / step
     # Bin 0 holds what is below the threshold; the lower bound keeps -inf out of the arithmetic that follows.
     bin = tl.floor(tl.minimum(tl.maximum(position, -1.0), LEVELS - 2.0)) + 1.0
     if MID_POINTS:
@@ -75,8 +79,39 @@ def mix32(word):
 
 
 @triton.jit
-def dropout_factors(seed, row_numbers, columns, threshold, factor):
-    """0 where a probability is dropped and `factor` where not, as `sparse_attn.dropout` says. -> [rows, columns]"""
+def dropout_factors(seed, row_numbers, keys, threshold, factor):
+    """0 where a probability is dropped and `factor` where not, as `sparse_attn.dropout` says.
+
+    `row_numbers` and `keys` broadcast against each other to the shape of the result.
+    """
     row_words = mix32(row_numbers.to(tl.uint32) * 0x9E3779B1 + seed)
-    words = mix32(row_words[:, None] + columns.to(tl.uint32)[None, :] * 0x85EBCA77)
+    words = mix32(row_words + keys.to(tl.uint32) * 0x85EBCA77)
     return tl.where(words >= threshold, factor, 0.0)
+
+
+@triton.jit
+def sequence_bounds(
+    batch, cu_seqlens, query_lengths, key_lengths, query_len, key_len,
+    PACKED: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Where a sequence lies: its index in padded tensors, its first token in packed ones, the ends of its real rows and
+    keys, counted within the sequence, and the ends of what is stored for it."""
+    if PACKED:
+        first_token = tl.load(cu_seqlens + batch).to(tl.int64)
+        length = (tl.load(cu_seqlens + batch + 1) - first_token).to(tl.int32)
+        return tl.zeros([], dtype=tl.int64), first_token, length, length, length, length
+    rows_end = query_len
+    keys_end = key_len
+    if HAS_QUERY_LENGTHS:
+        rows_end = tl.minimum(rows_end, tl.load(query_lengths + batch))
+    if HAS_KEY_LENGTHS:
+        keys_end = tl.minimum(keys_end, tl.load(key_lengths + batch))
+    return batch, tl.zeros([], dtype=tl.int64), rows_end, keys_end, query_len, key_len
+
+
+@triton.jit
+def dropout_row_numbers(batch, head, heads, first_token, rows, query_len, PACKED: tl.constexpr):
+    """The dropout counters of query rows: their number over batch, heads and rows, or over tokens and heads."""
+    if PACKED:
+        return (first_token + rows) * heads + head
+    return (batch * heads + head) * query_len + rows

@@ -73,7 +73,7 @@ def sparse_attention(
     )  # fmt: skip
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     chosen = choose_backend(call, training, backend)
-    tensors, sizes = chosen.layout_arguments(layout, query.shape[-1], query.dtype)
+    tensors, sizes = chosen.layout_arguments(layout, query.shape[-1], query.dtype, training)
     need_lse = return_lse or (training and chosen.BACKWARD_USES_LSE)
     output, lse = run(replace(call, layout=tensors, layout_sizes=sizes, need_lse=need_lse), chosen.NAME)
     return (output, lse) if return_lse else output
@@ -107,7 +107,7 @@ def attention_probabilities(
         query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, None, None,
         causal, query_offset, dropout,
     )  # fmt: skip
-    tensors, sizes = reference.layout_arguments(layout, query.shape[-1], query.dtype)
+    tensors, sizes = reference.layout_arguments(layout, query.shape[-1], query.dtype, training=False)
     attended = reference.attend(replace(call, layout=tensors, layout_sizes=sizes), reference.padded_row_numbers(query))
     return attended.output, attended.used.to(query.dtype)
 
@@ -119,7 +119,8 @@ def prepare(layout: SparseLayout, head_dim: int, dtype: torch.dtype, backend: st
     """
     _check_backend(backend)
     first_choice = _automatic(layout.device)[0] if backend == "auto" else BACKENDS[backend]
-    first_choice.layout_arguments(layout, head_dim, dtype)
+    for training in (False, True):
+        first_choice.layout_arguments(layout, head_dim, dtype, training)
 
 
 def _checked_call(

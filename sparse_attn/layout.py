@@ -59,7 +59,7 @@ class SparseLayout:
         self._source = keep
         self._keep: torch.Tensor | None = keep
         self._bias: torch.Tensor | None = None
-        self._lists: dict[int, ColumnLists] = {}
+        self._lists: dict[tuple[int, bool], ColumnLists] = {}
 
     def __repr__(self) -> str:
         return (
@@ -70,13 +70,18 @@ class SparseLayout:
     def __deepcopy__(self, memo: dict) -> SparseLayout:
         return self  # read-only: copies of a patched model share it
 
-    def lists(self, rows: int = 16) -> ColumnLists:
-        """The column lists for groups of `rows` queries (16, 32, 64 or 128)."""
-        if rows not in self._lists:
+    def lists(self, rows: int = 16, transposed: bool = False) -> ColumnLists:
+        """The column lists for groups of `rows` queries (16, 32, 64 or 128).
+
+        The transposed ones, which the backward pass walks, are for groups of keys: their columns are the queries that
+        keep any key of the group.
+        """
+        if (rows, transposed) not in self._lists:
             if rows not in ROWS:
                 raise ValueError(f"row groups of {rows} are not supported; choose one of {ROWS}")
-            self._lists[rows] = _compile(self._source, rows).to(self.device)
-        return self._lists[rows]
+            keep = self._source.transpose(1, 2) if transposed else self._source
+            self._lists[rows, transposed] = _compile(keep, rows).to(self.device)
+        return self._lists[rows, transposed]
 
     def keep(self) -> torch.Tensor:
         """The mask itself: bool [heads, query_len, key_len], true = kept."""
@@ -104,7 +109,7 @@ class SparseLayout:
         moved = SparseLayout(self._source)
         moved.device = device
         moved._keep = None
-        moved._lists = {rows: lists.to(device) for rows, lists in self._lists.items()}
+        moved._lists = {form: lists.to(device) for form, lists in self._lists.items()}
         return moved
 
 

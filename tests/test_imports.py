@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from layers above its own in this list, or from its own layer without a cycle.
 LAYERS = [
     ["version"],
-    ["files", "extension", "progress", "dropout", "kernels"],
+    ["files", "extension", "progress", "dropout"],
     ["bitpacking"],
     ["averages", "published", "quantization", "ranking"],
     ["layout"],
     ["masks"],
     ["ops", "validation"],
+    ["kernels"],
     ["backends"],
     ["attention"],
     ["integrations"],

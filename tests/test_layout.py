@@ -53,6 +53,15 @@ def test_stops_say_where_a_shorter_sequence_ends(seed, length, rows):
         assert stops[block] - stops[0] == sum(column < block * STOP_KEYS for column in columns)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_transposed_lists_are_those_of_the_transposed_mask(rows):
+    keep = torch.rand(2, 50, 70) < 0.3
+    ours = SparseLayout(keep).lists(rows, transposed=True)
+    theirs = SparseLayout(keep.transpose(1, 2)).lists(rows)
+    for name in ("stops", "columns", "row_bits"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
 def test_work_is_what_a_kernel_touches():
     keep = torch.zeros(1, 32, 100, dtype=torch.bool)
     keep[0, 0, :10] = True

@@ -34,7 +34,9 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
     return []
 
 
-def layout_arguments(layout: SparseLayout, head_dim: int, dtype: torch.dtype) -> tuple[list[Tensor], tuple[int, ...]]:
+def layout_arguments(
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, training: bool
+) -> tuple[list[Tensor], tuple[int, ...]]:
     return [layout.keep()], ()
 
 

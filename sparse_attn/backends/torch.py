@@ -28,7 +28,9 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
     return ["float64 (its mask is a float32 bias)"] if call.query.dtype == torch.float64 else []
 
 
-def layout_arguments(layout: SparseLayout, head_dim: int, dtype: torch.dtype) -> tuple[list[Tensor], tuple[int, ...]]:
+def layout_arguments(
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, training: bool
+) -> tuple[list[Tensor], tuple[int, ...]]:
     return [layout.bias()], ()
 
 

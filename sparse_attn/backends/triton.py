@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import math
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..dropout import drop_threshold
-from ..kernels.configuration import MAX_HEAD_DIM, forward_config
-from ..layout import STOP_KEYS, SparseLayout
+from ..kernels.configuration import MAX_HEAD_DIM, KernelConfig, config
+from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
 from ..quantization import QuantizationTable, log_table
+
+if TYPE_CHECKING:  # imports Triton
+    from ..kernels.launch import Lists, Rounding
 
 NAME = "triton"
 BACKWARD_USES_LSE = True
@@ -38,8 +41,6 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
         reasons.append(f"{call.query.dtype}; the kernels take float16, bfloat16 and float32")
     if call.query.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {call.query.shape[-1]} is larger than {MAX_HEAD_DIM}")
-    if training:
-        reasons.append("gradients are wanted and there is no backward kernel")
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         reach = sum((size - 1) * abs(stride) for size, stride in _within_a_head(tensor, call.packed))
         if reach > _MAX_OFFSET:
@@ -68,10 +69,16 @@ def interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def layout_arguments(layout: SparseLayout, head_dim: int, dtype: torch.dtype) -> tuple[list[Tensor], tuple[int, ...]]:
-    config = forward_config(head_dim, dtype.itemsize)
-    lists = layout.lists(config.rows)
-    return [lists.stops, lists.columns, lists.row_bits], (int(lists.full),)
+def layout_arguments(
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, training: bool
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The lists of the forward kernel; in training also those of the two backward kernels."""
+    wanted = [("forward", False)]
+    if training:
+        wanted += [("grad_query", False), ("grad_key_value", True)]
+    all_lists = [layout.lists(config(kernel, head_dim, dtype.itemsize).rows, side) for kernel, side in wanted]
+    tensors = [tensor for lists in all_lists for tensor in (lists.stops, lists.columns, lists.row_bits)]
+    return tensors, tuple(int(lists.full) for lists in all_lists)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -80,22 +87,42 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output = empty_output(call.query, call.packed)
     lse_size = lse_shape(call.query, call.packed) if call.need_lse else (0,)
     lse = torch.empty(lse_size, dtype=torch.float32, device=call.query.device)
-    (full,) = call.layout_sizes
-    rounding = None
-    if call.table is not None:
-        table = call.table
-        levels = _device_levels(table, call.query.device)
-        mid_points = table == log_table(table.bits, table.threshold)
-        rounding = launch.Rounding(levels, mid_points, math.log2(table.threshold), table.step)
-    launch.forward(
-        call.query, call.key, call.value, output, lse, *call.layout,
-        forward_config(call.query.shape[-1], call.query.dtype.itemsize),
-        stop_keys=STOP_KEYS, full=bool(full), scale=call.scale, rounding=rounding,
-        query_lengths=call.query_lengths, key_lengths=call.key_lengths, key_padding=call.key_padding,
-        cu_seqlens=call.cu_seqlens, max_length=call.max_length, causal=call.causal, query_offset=call.query_offset,
-        seed=call.seed, dropout=call.dropout, dropout_threshold=drop_threshold(call.dropout),
-    )  # fmt: skip
+    launch.forward(call, output, lse, _lists(call, 0), _config(call, "forward"), _rounding(call))
     return output, lse
+
+
+def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import launch
+
+    gradients = tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (call.query, call.key, call.value)
+    )
+    launch.backward(
+        call, output, lse, grad_output, gradients, _lists(call, 1), _lists(call, 2),
+        _config(call, "grad_query"), _config(call, "grad_key_value"), _rounding(call),
+    )  # fmt: skip
+    return gradients
+
+
+def _config(call: AttentionCall, kernel: str) -> KernelConfig:
+    return config(kernel, call.query.shape[-1], call.query.dtype.itemsize)
+
+
+def _lists(call: AttentionCall, index: int) -> Lists:
+    """The lists that `layout_arguments` put at place `index`."""
+    from ..kernels.launch import Lists
+
+    return Lists(*call.layout[3 * index : 3 * index + 3], full=bool(call.layout_sizes[index]))
+
+
+def _rounding(call: AttentionCall) -> Rounding | None:
+    from ..kernels.launch import Rounding
+
+    if call.table is None:
+        return None
+    table = call.table
+    mid_points = table == log_table(table.bits, table.threshold)
+    return Rounding(_device_levels(table, call.query.device), mid_points, math.log2(table.threshold), table.step)
 
 
 @lru_cache(maxsize=64)
@@ -103,4 +130,4 @@ def _device_levels(table: QuantizationTable, device: torch.device) -> Tensor:
     return torch.tensor(table.levels, dtype=torch.float32, device=device)
 
 
-register_backend(NAME, forward)
+register_backend(NAME, forward, backward)

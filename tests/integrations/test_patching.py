@@ -188,7 +188,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, dropout):
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_gradients_equal_masked_eager(model):
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_gradients_equal_masked_eager(model, backend):
     """Training through the sparse kernels: gradients of the dense formula."""
     inputs = padded_inputs()
     real = inputs["attention_mask"].bool()
@@ -196,7 +197,7 @@ def test_gradients_equal_masked_eager(model):
     dense.set_attn_implementation("masked_eager_twin")
     for layer, block in enumerate(dense.encoder.layer):
         block.attention.self.twin_keep = MASK.keep[layer]
-    patch_bert(model, MASK)
+    patch_bert(model, MASK, backend=backend)
     for each in (model, dense):
         each(**inputs).last_hidden_state[real].square().sum().backward()
     for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True):
