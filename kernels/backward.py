@@ -18,9 +18,11 @@ from .primitives import (
     LN_2,
     dropout_factors,
     dropout_row_numbers,
+    list_of_group,
     load_rows,
     round_to_levels,
     row_bits_of,
+    rows_of_group,
     sequence_bounds,
 )
 
@@ -61,10 +63,7 @@ def grad_query_kernel(
     sequence, first_token, rows_end, keys_end, rows_stored, keys_stored = sequence_bounds(
         batch, cu_seqlens, query_lengths, key_lengths, query_len, key_len, PACKED, HAS_QUERY_LENGTHS, HAS_KEY_LENGTHS
     )
-    mask_rows = group * ROWS + tl.arange(0, ROWS)
-    rows = mask_rows - query_offset
-    row_ok = (rows >= 0) & (rows < rows_end)
-    row_stored = (rows >= 0) & (rows < rows_stored)
+    mask_rows, rows, row_ok, row_stored = rows_of_group(group, query_offset, rows_end, rows_stored, ROWS)
     dims = tl.arange(0, HEAD_BLOCK)
 
     query += sequence * stride_query_batch + head * stride_query_head + first_token * stride_query_row
@@ -88,9 +87,7 @@ def grad_query_kernel(
     if CAUSAL:
         keys_end = tl.minimum(keys_end, (group + 1) * ROWS)
     any_row = (group * ROWS - query_offset < rows_end) & (keys_end > 0)
-    stops += (head * groups + group) * (key_blocks + 1)
-    list_start = tl.load(stops)
-    list_end = tl.load(stops + tl.where(any_row, (keys_end + STOP_KEYS - 1) // STOP_KEYS, 0))
+    list_start, list_end = list_of_group(stops, head, groups, group, key_blocks, keys_end, any_row, STOP_KEYS)
 
     q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)
     do = load_rows(grad_output, rows, row_ok, stride_grad_output_row, dims, stride_grad_output_dim, HEAD_DIM)
@@ -184,9 +181,7 @@ def grad_key_value_kernel(
     # The list of this group, up to the last real query. No real key: an empty list.
     queries_end = rows_end + query_offset
     any_key = (group * ROWS < keys_end) & (rows_end > 0)
-    stops += (head * groups + group) * (query_blocks + 1)
-    list_start = tl.load(stops)
-    list_end = tl.load(stops + tl.where(any_key, (queries_end + STOP_KEYS - 1) // STOP_KEYS, 0))
+    list_start, list_end = list_of_group(stops, head, groups, group, query_blocks, queries_end, any_key, STOP_KEYS)
 
     k = load_rows(key, keys, key_ok, stride_key_row, dims, stride_key_dim, HEAD_DIM)
     v = load_rows(value, keys, key_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)

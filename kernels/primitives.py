@@ -115,3 +115,19 @@ def dropout_row_numbers(batch, head, heads, first_token, rows, query_len, PACKED
     if PACKED:
         return (first_token + rows) * heads + head
     return (batch * heads + head) * query_len + rows
+
+
+@triton.jit
+def rows_of_group(group, query_offset, rows_end, rows_stored, ROWS: tl.constexpr):
+    """A group's rows of the mask and of the sequence, which of these are real, and which are stored. -> each [ROWS]"""
+    mask_rows = group * ROWS + tl.arange(0, ROWS)
+    rows = mask_rows - query_offset
+    return mask_rows, rows, (rows >= 0) & (rows < rows_end), (rows >= 0) & (rows < rows_stored)
+
+
+@triton.jit
+def list_of_group(stops, head, groups, group, blocks, end, not_empty, STOP_KEYS: tl.constexpr):
+    """First entry and end of a group's list, up to position `end` rounded up to the next stop."""
+    stops += (head * groups + group) * (blocks + 1)
+    last_stop = tl.where(not_empty, (end + STOP_KEYS - 1) // STOP_KEYS, 0)
+    return tl.load(stops), tl.load(stops + last_stop)
