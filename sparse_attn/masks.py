@@ -103,10 +103,11 @@ class GlobalMask:
         _check_sparsity(sparsity)
         _check_choice("granularity", granularity, ("element", "tile"))
         key_len = query_len if key_len is None else key_len
-        generator = torch.Generator().manual_seed(seed)
-        scores = torch.rand(layers, heads, query_len, key_len, generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = (layers, heads, query_len, key_len)
+        scores = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         tile_rows = TILE_ROWS if granularity == "tile" else 1
-        seen = torch.ones(query_len, key_len, dtype=torch.bool)
+        seen = torch.ones(query_len, key_len, dtype=torch.bool, device="cpu")
         keep = ranking.largest(scores, seen, sparsity, tile_rows, "layer", keep_diagonal)
         return cls(keep, dict(sparsity=sparsity, granularity=granularity, random_seed=seed))
 
@@ -142,11 +143,12 @@ class GlobalMask:
         and returns what broadcasts to bool [query_len, key_len], true = kept.
         """
         key_len = query_len if key_len is None else key_len
-        query, key = torch.arange(query_len).view(-1, 1), torch.arange(key_len).view(1, -1)
-        keep = torch.empty(layers, heads, query_len, key_len, dtype=torch.bool)
+        query = torch.arange(query_len, device="cpu").view(-1, 1)
+        key = torch.arange(key_len, device="cpu").view(1, -1)
+        keep = torch.empty(layers, heads, query_len, key_len, dtype=torch.bool, device="cpu")
         for layer in range(layers):
             for head in range(heads):
-                kept = torch.as_tensor(function(layer, head, query, key))
+                kept = torch.as_tensor(function(layer, head, query, key), device="cpu")
                 if kept.dtype != torch.bool:
                     raise ValueError(f"the mask function returned {kept.dtype}, expected torch.bool (true = kept)")
                 keep[layer, head] = kept

@@ -42,7 +42,7 @@ def largest(
     budget = round((1.0 - sparsity) * int((seen_rows > 0).sum()) * per_pool)
     budget = max(budget, int((diagonal & (seen_rows > 0)).sum()) * per_pool)
     unseen_diagonal = int((diagonal & (seen_rows == 0)).sum()) * per_pool
-    keep = torch.zeros(pools.shape, dtype=torch.bool)
+    keep = torch.zeros(pools.shape, dtype=torch.bool, device=pools.device)
     order = pools.argsort(dim=1, descending=True, stable=True)
     keep.scatter_(1, order[:, : budget + unseen_diagonal], True)
     keep = keep.view(layers, heads, -1, key_len) & (scores >= 0)
@@ -61,7 +61,7 @@ def published_rule(mean: torch.Tensor, sparsity: float, whole: str | None = None
     Returns:
         bool, the shape of `mean`, true = kept.
     """
-    keep = torch.empty(mean.shape, dtype=torch.bool)
+    keep = torch.empty(mean.shape, dtype=torch.bool, device=mean.device)
     for layer, pattern in enumerate(mean):
         rows, columns = mean.shape[2:] if whole == "transformer-xl" else published_bounds(pattern)
         block = pattern[:, :rows, :columns].flatten()

@@ -215,3 +215,18 @@ def test_damaged_files_are_named(tmp_path):
 def test_layouts_are_compiled_once():
     mask = GlobalMask.random(2, 3, 32, sparsity=0.5)
     assert mask.layout(1) is mask.layout(1, "cpu") is not mask.layout(0)
+
+
+def test_masks_do_not_depend_on_the_default_device():
+    """A user may have set another default device; masks are made on the CPU all the same."""
+    torch.set_default_device("meta")
+    try:
+        masks = [
+            GlobalMask.random(1, 2, 20, sparsity=0.5),
+            GlobalMask.from_function(lambda layer, head, query, key: query >= key, 1, 2, 20),
+            GlobalMask.random(1, 2, 20, sparsity=0.5, granularity="tile"),
+        ]
+        works = [mask.layout(0).work(16) for mask in masks]
+    finally:
+        torch.set_default_device(None)
+    assert all(mask.keep.device.type == "cpu" for mask in masks) and all(0 < work <= 1 for work in works)

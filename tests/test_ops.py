@@ -6,7 +6,7 @@ import torch
 from sparse_attn import GlobalMask, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from sparse_attn.ops import AttentionCall
-from tests.helpers import backends, random_inputs, random_layout
+from tests.helpers import DEVICE, backends, random_inputs, random_layout
 
 
 def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
@@ -168,8 +168,8 @@ def test_compiles_without_breaks_for_any_length(backend):
 
 def test_output_strides_fit_transformers():
     """[batch, tokens, heads * head_dim] is a view of the output, on every backend and in the fake."""
-    layout = random_layout(2, 16, 0.5, "cpu")
-    tensors = random_inputs((2, 2, 16, 8), torch.float32, "cpu")
+    layout = random_layout(2, 16, 0.5, DEVICE)
+    tensors = random_inputs((2, 2, 16, 8), torch.float32, DEVICE)
     for backend in ("reference", "torch", "triton"):
         output = sparse_attention(*tensors, layout, backend=backend)
         assert output.transpose(1, 2).is_contiguous()

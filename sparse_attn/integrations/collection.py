@@ -75,8 +75,8 @@ class _Collector:
     def __init__(self, layers: int, heads: int, max_length: int | None):
         self.layers, self.heads, self.max_length = layers, heads, max_length
         side = max_length or 0
-        self.sums = torch.zeros(layers, heads, side, side, dtype=torch.float64)
-        self.counts = torch.zeros(side, side, dtype=torch.int64)
+        self.sums = torch.zeros(layers, heads, side, side, dtype=torch.float64, device="cpu")
+        self.counts = torch.zeros(side, side, dtype=torch.int64, device="cpu")
         self.sequences = self.tokens = 0
         self.real: Tensor | None = None
 

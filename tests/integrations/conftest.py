@@ -51,7 +51,7 @@ def twin(model):
 
     def run(keep, inputs):
         for layer, block in enumerate(dense.encoder.layer):
-            block.attention.self.twin_keep = keep[layer]
+            block.attention.self.twin_keep = keep[layer].to(dense.device)
         with torch.no_grad():
             return dense(**inputs)
 

@@ -11,6 +11,7 @@ from transformers.models.bert import modeling_bert
 
 from sparse_attn import GlobalMask, is_patched, patch_bert, patched, sparse_attention, unpatch
 from sparse_attn.integrations import transformers as integration
+from tests.helpers import DEVICE
 from tests.integrations.conftest import padded_inputs, small_config
 
 MASK = GlobalMask.random(2, 2, 32, sparsity=0.7)
@@ -19,6 +20,16 @@ HEAD_CLASSES = [
     for name, cls in inspect.getmembers(modeling_bert, inspect.isclass)
     if issubclass(cls, modeling_bert.BertPreTrainedModel) and cls is not modeling_bert.BertPreTrainedModel
 ]
+
+
+@pytest.fixture
+def model(model):
+    """The small BERT on the GPU where there is one, else on the CPU with Triton's interpreter."""
+    return model.to(DEVICE)
+
+
+def device_inputs(*arguments, **keywords):
+    return {name: value.to(DEVICE) for name, value in padded_inputs(*arguments, **keywords).items()}
 
 
 def run(model, inputs, **kwargs):
@@ -36,7 +47,7 @@ def close(ours, theirs, inputs, atol=1e-5):
 @pytest.mark.parametrize("side", ["right", "left", "holes", "none"])
 def test_equals_masked_eager(model, twin, granularity, backend, side):
     mask = GlobalMask.random(2, 2, 32, sparsity=0.7, granularity=granularity)
-    inputs = padded_inputs(side="left" if side == "left" else "right")
+    inputs = device_inputs(side="left" if side == "left" else "right")
     if side == "holes":
         inputs["attention_mask"][0, 3:9] = inputs["attention_mask"][1, 0] = 0
     if side == "none":
@@ -52,7 +63,7 @@ def test_equals_masked_eager(model, twin, granularity, backend, side):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(model, twin, dtype):
-    inputs = padded_inputs()
+    inputs = device_inputs()
     theirs = twin(MASK.keep, inputs).last_hidden_state
     patch_bert(model, MASK).to(dtype)
     ours = run(model, inputs).last_hidden_state
@@ -63,7 +74,7 @@ def test_half_precision(model, twin, dtype):
 
 
 def test_bits_are_applied(model):
-    inputs = padded_inputs()
+    inputs = device_inputs()
     plain = run(patch_bert(model, MASK), inputs).last_hidden_state
     outputs = {bits: run(patch_bert(model, MASK, bits), inputs).last_hidden_state for bits in (8, 3)}
     real = inputs["attention_mask"].bool()
@@ -74,10 +85,10 @@ def test_bits_are_applied(model):
 @pytest.mark.parametrize("cls", HEAD_CLASSES, ids=lambda cls: cls.__name__)
 def test_every_head_class(cls):
     torch.manual_seed(0)
-    model = cls(small_config(is_decoder=cls.__name__ == "BertLMHeadModel")).eval()
+    model = cls(small_config(is_decoder=cls.__name__ == "BertLMHeadModel")).eval().to(DEVICE)
     mask = GlobalMask.random(2, 2, 32, sparsity=0.0)
-    inputs = padded_inputs()
-    inputs["input_ids"] = torch.randint(0, 99, (3, 20))
+    inputs = device_inputs()
+    inputs["input_ids"] = torch.randint(0, 99, (3, 20), device=DEVICE)
     if cls.__name__ == "BertForMultipleChoice":
         inputs = {name: value.unsqueeze(1).repeat(1, 2, 1) for name, value in inputs.items()}
     dense = run(model, inputs)
@@ -92,7 +103,7 @@ def test_every_head_class(cls):
 
 
 def test_mask_as_tensor_and_path(model, twin, tmp_path):
-    inputs = padded_inputs()
+    inputs = device_inputs()
     theirs = twin(MASK.keep, inputs).last_hidden_state
     MASK.save(tmp_path / "mask.safetensors")
     for mask in (MASK.keep, tmp_path / "mask.safetensors", str(tmp_path / "mask.safetensors")):
@@ -101,7 +112,7 @@ def test_mask_as_tensor_and_path(model, twin, tmp_path):
 
 
 def test_patching_twice_replaces_and_unpatching_restores(model, twin):
-    inputs = padded_inputs()
+    inputs = device_inputs()
     dense = run(model, inputs).last_hidden_state
     before, keys = model.config._attn_implementation, list(model.state_dict())
     patch_bert(model, MASK, bits=2)
@@ -116,7 +127,7 @@ def test_patching_twice_replaces_and_unpatching_restores(model, twin):
 
 
 def test_context_manager_restores_what_was_there(model):
-    inputs = padded_inputs()
+    inputs = device_inputs()
     dense = run(model, inputs).last_hidden_state
     with pytest.raises(KeyError), patched(model, MASK) as inside:
         assert inside is model and is_patched(model)
@@ -132,8 +143,8 @@ def test_context_manager_restores_what_was_there(model):
 
 def test_two_models_from_one_config_are_independent():
     config = small_config()
-    first, second = BertModel(config).eval(), BertModel(config).eval()
-    inputs = padded_inputs()
+    first, second = BertModel(config).eval().to(DEVICE), BertModel(config).eval().to(DEVICE)
+    inputs = device_inputs()
     before = run(second, inputs).last_hidden_state
     patch_bert(first, MASK)
     assert second.config._attn_implementation == config._attn_implementation != first.config._attn_implementation
@@ -141,7 +152,7 @@ def test_two_models_from_one_config_are_independent():
 
 
 def test_output_attentions_are_those_used(model, twin):
-    inputs = padded_inputs()
+    inputs = device_inputs()
     patch_bert(model, MASK)
     output = run(model, inputs, output_attentions=True)
     theirs = twin(MASK.keep, inputs)
@@ -162,7 +173,7 @@ def test_dropout_applies_in_training_only(model):
     for module in model.modules():
         if hasattr(module, "dropout") and hasattr(module, "query"):
             module.dropout.p = 0.5
-    inputs = padded_inputs()
+    inputs = device_inputs()
     patch_bert(model, MASK)
     torch.testing.assert_close(run(model, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
     model.train()
@@ -173,7 +184,7 @@ def test_dropout_applies_in_training_only(model):
 def test_gradient_checkpointing_gives_the_same_gradients(model, dropout):
     for block in model.encoder.layer:
         block.attention.self.dropout.p = dropout
-    inputs = padded_inputs()
+    inputs = device_inputs()
     patch_bert(model, MASK, bits=3).train()
     gradients = []
     for checkpointing in (False, True):
@@ -191,12 +202,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, dropout):
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_gradients_equal_masked_eager(model, backend):
     """Training through the sparse kernels: gradients of the dense formula."""
-    inputs = padded_inputs()
+    inputs = device_inputs()
     real = inputs["attention_mask"].bool()
     dense = copy.deepcopy(model)
     dense.set_attn_implementation("masked_eager_twin")
     for layer, block in enumerate(dense.encoder.layer):
-        block.attention.self.twin_keep = MASK.keep[layer]
+        block.attention.self.twin_keep = MASK.keep[layer].to(DEVICE)
     patch_bert(model, MASK, backend=backend)
     for each in (model, dense):
         each(**inputs).last_hidden_state[real].square().sum().backward()
@@ -210,7 +221,7 @@ def test_compiles_as_one_graph_for_any_length(model):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((20, 13), (31, 2), (9, 9)):
-        inputs = padded_inputs(lengths)
+        inputs = device_inputs(lengths)
         close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs)
     inputs.pop("attention_mask")
     torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
@@ -218,13 +229,13 @@ def test_compiles_as_one_graph_for_any_length(model):
 
 def test_follows_the_model(model, tmp_path):
     """Deep copies, dtype changes, saving and loading, meta devices."""
-    inputs = padded_inputs()
+    inputs = device_inputs()
     patch_bert(model, MASK, bits=3)
     output = run(model, inputs).last_hidden_state
     torch.testing.assert_close(run(copy.deepcopy(model), inputs).last_hidden_state, output)
     torch.testing.assert_close(run(model.double().float(), inputs).last_hidden_state, output)
     model.save_pretrained(tmp_path)
-    loaded = BertModel.from_pretrained(tmp_path).eval()
+    loaded = BertModel.from_pretrained(tmp_path).eval().to(DEVICE)
     assert not is_patched(loaded) and loaded.config._attn_implementation == "sdpa"
     torch.testing.assert_close(run(patch_bert(loaded, MASK, bits=3), inputs).last_hidden_state, output)
     state = model.to("meta").encoder.layer[0].attention.self.sparse_attention
@@ -233,9 +244,9 @@ def test_follows_the_model(model, tmp_path):
 
 def test_loaded_with_any_attention_implementation(model, twin, tmp_path):
     model.save_pretrained(tmp_path)
-    inputs = padded_inputs()
+    inputs = device_inputs()
     for implementation in ("eager", "sdpa"):
-        loaded = BertModel.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+        loaded = BertModel.from_pretrained(tmp_path, attn_implementation=implementation).eval().to(DEVICE)
         patch_bert(loaded, MASK)
         close(run(loaded, inputs).last_hidden_state, twin(MASK.keep, inputs).last_hidden_state, inputs)
         assert unpatch(loaded).config._attn_implementation == implementation
@@ -243,9 +254,9 @@ def test_loaded_with_any_attention_implementation(model, twin, tmp_path):
 
 def test_decoder_with_cache_uses_absolute_positions():
     torch.manual_seed(0)
-    model = BertModel(small_config(is_decoder=True)).eval()
+    model = BertModel(small_config(is_decoder=True)).eval().to(DEVICE)
     patch_bert(model, MASK)
-    tokens = torch.randint(0, 99, (2, 12))
+    tokens = torch.randint(0, 99, (2, 12), device=DEVICE)
     whole = run(model, {"input_ids": tokens}).last_hidden_state
     cache, steps = None, []
     for piece in tokens.split([5, 1, 4, 1, 1], dim=1):
@@ -257,10 +268,10 @@ def test_decoder_with_cache_uses_absolute_positions():
 
 def test_cross_attention_stays_dense():
     torch.manual_seed(0)
-    model = BertModel(small_config(is_decoder=True, add_cross_attention=True)).eval()
-    encoder_mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-    more = dict(encoder_hidden_states=torch.randn(2, 7, 64), encoder_attention_mask=encoder_mask)
-    inputs = {"input_ids": torch.randint(0, 99, (2, 9)), **more}
+    model = BertModel(small_config(is_decoder=True, add_cross_attention=True)).eval().to(DEVICE)
+    encoder_mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3], device=DEVICE)
+    more = dict(encoder_hidden_states=torch.randn(2, 7, 64, device=DEVICE), encoder_attention_mask=encoder_mask)
+    inputs = {"input_ids": torch.randint(0, 99, (2, 9), device=DEVICE), **more}
     dense = run(model, inputs).last_hidden_state
     full = GlobalMask.random(2, 2, 32, sparsity=0.0)
     torch.testing.assert_close(run(patch_bert(model, full), inputs).last_hidden_state, dense, atol=1e-5, rtol=1e-5)
@@ -288,12 +299,12 @@ def test_wrong_masks_and_models_are_named(model, tmp_path):
 def test_wrong_inputs_are_named(model):
     patch_bert(model, GlobalMask.random(2, 2, 16, sparsity=0.5))
     with pytest.raises(ValueError, match="queries end at position 20 and keys at 20, the mask covers 16"):
-        run(model, padded_inputs())
-    inputs = padded_inputs((8, 8))
-    inputs["attention_mask"] = torch.ones(2, 1, 8, 8)
+        run(model, device_inputs())
+    inputs = device_inputs((8, 8))
+    inputs["attention_mask"] = torch.ones(2, 1, 8, 8, device=DEVICE)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 8, 8\)"):
         run(model, inputs)
-    inputs["attention_mask"] = torch.ones(2, 8, 8)
+    inputs["attention_mask"] = torch.ones(2, 8, 8, device=DEVICE)
     inputs["attention_mask"][0, 0] = 0
     with pytest.raises(ValueError, match="attention_mask has shape"):
         run(model, inputs)
