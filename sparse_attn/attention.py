@@ -145,7 +145,7 @@ def _checked_call(
         query_lengths=batch_tensor("query_lengths", query_lengths, (batch,), query.device),
         key_lengths=batch_tensor("key_lengths", key_lengths, (batch,), query.device),
         key_padding=batch_tensor("key_padding_mask", key_padding_mask, (batch, key.shape[-2]), query.device),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int32),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
         max_length=0 if cu_seqlens is None else max_length,
         seed=torch.randint(2**32, (1,), device=query.device) if dropout > 0 else None,
         scale=query.shape[-1] ** -0.5 if scale is None else float(scale),

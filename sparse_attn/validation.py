@@ -104,7 +104,7 @@ def check_packed_length(longest: int, query_offset: int, layout: SparseLayout) -
 
 
 def batch_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """Lengths as int32 and padding masks as bool of `shape` on `device`; raises ValueError for anything else."""
+    """Lengths as int32 and padding masks as bool: contiguous, of `shape`, on `device`. Raises ValueError for others."""
     if tensor is None:
         return None
     boolean = len(shape) == 2
@@ -113,4 +113,4 @@ def batch_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], devic
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected} with shape {shape}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the query on {device}; expected one device")
-    return tensor if boolean else tensor.to(torch.int32)
+    return (tensor if boolean else tensor.to(torch.int32)).contiguous()

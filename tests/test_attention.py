@@ -124,6 +124,24 @@ def test_causal_offset_and_scattered_padding(backend, device, bits):
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+def test_strided_arguments(backend, device):
+    """Inputs, padding masks and lengths may be slices of larger tensors."""
+    query, key, value = (t[:, :, ::2, 16:48] for t in random_inputs((2, 2, 60, 64), torch.float32, device))
+    layout = random_layout(2, 30, 0.5, device)
+    padding = (torch.rand(2, 60, device=device) < 0.7)[:, ::2]
+    lengths = torch.tensor([30, 0, 17, 0], device=device)[::2]
+    arguments = dict(key_padding_mask=padding, key_lengths=lengths)
+    result = sparse_attention(query, key, value, layout, backend=backend, **arguments)
+    assert_within_budget(result, query, key, value, layout, **arguments)
+    packed = [torch.randn(60, 4, 32, device=device)[::2, ::2] for _ in range(3)]
+    bounds = torch.tensor([0, 9, 11, 9, 30, 9], dtype=torch.int32, device=device)[::2]
+    ours, reference = (
+        sparse_attention(*packed, layout, cu_seqlens=bounds, backend=name) for name in (backend, "reference")
+    )
+    torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
 def test_dropout_is_the_same_everywhere(backend, device):
     query, key, value = random_inputs((2, 2, 50, 32), torch.float32, device)
     layout = random_layout(2, 50, 0.5, device)
