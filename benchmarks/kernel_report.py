@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_attn.kernels.backward import grad_key_value_kernel, grad_query_kernel
-from sparse_attn.kernels.configuration import KernelConfig, shipped_configs
+from sparse_attn.kernels.configuration import SHIPPED_CONFIGS, KernelConfig
 from sparse_attn.kernels.forward import forward_kernel
 from sparse_attn.kernels.launch import common_constants
 
@@ -110,7 +110,7 @@ def shipped(kernels: list[str], architectures: list[int], variants: list[str]) -
     matrix instruction's type alone, for the forward kernel at head_dim 64."""
     jobs = []
     for kernel in kernels:
-        for (head_dim, size), config in shipped_configs(kernel).items():
+        for (head_dim, size), config in SHIPPED_CONFIGS[kernel].items():
             types = [torch.float16] if size == 2 else [torch.float32]
             if (kernel, head_dim, size) == ("forward", 64, 2):
                 types.append(torch.bfloat16)

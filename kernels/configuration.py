@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 MAX_HEAD_DIM = 256
@@ -24,20 +23,25 @@ class KernelConfig:
     num_stages: int
 
 
-@cache
-def shipped_configs(kernel: str) -> dict[tuple[int, int], KernelConfig]:
-    """(largest head_dim, element bytes) -> configuration of "forward", "grad_query" or "grad_key_value"."""
-    entries = json.loads(Path(__file__).with_name("configurations.json").read_text())[kernel]
+def _read(path: Path) -> dict[str, dict[tuple[int, int], KernelConfig]]:
     fields = KernelConfig.__dataclass_fields__
     return {
-        (entry["head_dim"], entry["element_bytes"]): KernelConfig(**{name: entry[name] for name in fields})
-        for entry in entries
+        kernel: {
+            (entry["head_dim"], entry["element_bytes"]): KernelConfig(**{name: entry[name] for name in fields})
+            for entry in entries
+        }
+        for kernel, entries in json.loads(path.read_text()).items()
     }
+
+
+# Kernel ("forward", "grad_query", "grad_key_value") -> (largest head_dim, element bytes) -> configuration. Read at
+# import and not on demand, since torch.compile traces the choice.
+SHIPPED_CONFIGS = _read(Path(__file__).with_name("configurations.json"))
 
 
 def config(kernel: str, head_dim: int, element_bytes: int) -> KernelConfig:
     """The configuration for the smallest shipped head_dim that holds `head_dim`."""
-    configs = shipped_configs(kernel)
+    configs = SHIPPED_CONFIGS[kernel]
     fitting = [size for size, size_bytes in configs if size_bytes == element_bytes and size >= head_dim]
     if not fitting:
         raise ValueError(f"no configuration of {kernel} for head_dim {head_dim} with {element_bytes}-byte elements")

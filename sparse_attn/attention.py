@@ -39,6 +39,9 @@ def sparse_attention(
     Position (i, j) is kept if mask[head, i + query_offset, j], key j is not padding (and not after the query, if
     causal). The softmax goes over kept keys; a row without any yields zeros and lse -inf.
 
+    A layout is compiled for a backend at its first call. `torch.compile` cannot trace that: call this function once
+    before, or `sparse_attn.attention.prepare` (which `patch_bert` does by itself).
+
     Args:
         query: [batch, heads, query_len, head_dim], or packed [tokens, heads, head_dim]. float16, bfloat16, float32,
             or float64 (reference backend).

@@ -124,6 +124,18 @@ def test_causal_offset_and_scattered_padding(backend, device, bits):
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+def test_lengths_outside_the_tensors(backend, device):
+    """A length beyond the tensors means all of them, one below zero none."""
+    query, key, value = random_inputs((3, 2, 20, 32), torch.float32, device)
+    layout = random_layout(2, 32, 0.5, device)
+    lengths = torch.tensor([25, -3, 20], device=device)
+    arguments = dict(key_lengths=lengths, query_lengths=lengths)
+    result = sparse_attention(query, key, value, layout, backend=backend, **arguments)
+    assert_within_budget(result, query, key, value, layout, **arguments)
+    assert (result[1] == 0).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
 def test_strided_arguments(backend, device):
     """Inputs, padding masks and lengths may be slices of larger tensors."""
     query, key, value = (t[:, :, ::2, 16:48] for t in random_inputs((2, 2, 60, 64), torch.float32, device))

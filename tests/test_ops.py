@@ -147,10 +147,10 @@ def test_rounding_is_straight_through():
         torch.testing.assert_close(own, other)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_compiles_without_breaks_for_any_length(backend):
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch", "reference"))
+def test_compiles_without_breaks_for_any_length(backend, device):
     mask = GlobalMask.random(1, 2, 32, sparsity=0.5)
-    layout = mask.layout(0)
+    layout = mask.layout(0, device)
     compiled = torch.compile(
         lambda q, k, v: sparse_attention(q, k, v, layout, bits=3, backend=backend),
         fullgraph=True, dynamic=True, backend="aot_eager",
@@ -159,7 +159,7 @@ def test_compiles_without_breaks_for_any_length(backend):
     torch._dynamo.reset()
     graphs.clear()
     for length in (9, 17, 32, 20):
-        tensors = [t.requires_grad_() for t in random_inputs((2, 2, length, 16), torch.float32, "cpu")]
+        tensors = [t.requires_grad_() for t in random_inputs((2, 2, length, 16), torch.float32, device)]
         eager = sparse_attention(*tensors, layout, bits=3, backend=backend)
         torch.testing.assert_close(compiled(*tensors), eager)
         compiled(*tensors).sum().backward()

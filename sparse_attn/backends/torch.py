@@ -65,8 +65,8 @@ def _sequences(call: AttentionCall) -> Iterator[_Sequence]:
             yield _Sequence(query, key, value, own, rows, (slice(start, end),))
         return
     batch, _, query_len, _ = call.query.shape
-    query_lengths = [query_len] * batch if call.query_lengths is None else call.query_lengths.tolist()
-    key_lengths = [call.key.shape[2]] * batch if call.key_lengths is None else call.key_lengths.tolist()
+    query_lengths = _lengths(call.query_lengths, batch, query_len)
+    key_lengths = _lengths(call.key_lengths, batch, call.key.shape[2])
     for index, (own_rows, own_keys) in enumerate(zip(query_lengths, key_lengths, strict=True)):
         rows = None
         if call.dropout > 0:
@@ -76,6 +76,10 @@ def _sequences(call: AttentionCall) -> Iterator[_Sequence]:
         where = (index, slice(None), slice(0, own_rows))
         query, key, value = call.query[where], call.key[index, :, :own_keys], call.value[index, :, :own_keys]
         yield _Sequence(query, key, value, own, rows, where)
+
+
+def _lengths(lengths: Tensor | None, batch: int, longest: int) -> list[int]:
+    return [longest] * batch if lengths is None else lengths.clamp(0, longest).tolist()
 
 
 def _sequence_bias(call: AttentionCall, bias: Tensor, index: int | None, rows: int, keys: int) -> Tensor:

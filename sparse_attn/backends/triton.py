@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,7 @@ _MAX_OFFSET = 2**31 - 1  # offsets within one head are 32-bit
 def unsupported(call: AttentionCall, training: bool) -> list[str]:
     """Why the kernels cannot compute `call`; empty if they can."""
     reasons = []
-    if not triton_installed():
+    if not TRITON_INSTALLED:
         reasons.append("Triton is not installed; install sparse-attn[gpu]")
     elif call.query.device.type != "cuda" and not interpreting():
         reasons.append(
@@ -53,15 +53,17 @@ def _within_a_head(tensor: Tensor, packed: bool) -> list[tuple[int, int]]:
     return [(tensor.shape[rows], tensor.stride(rows)), (tensor.shape[dims], tensor.stride(dims))]
 
 
-@cache
-def triton_installed() -> bool:
+def _installed() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
     except ValueError:  # a blocked module
         return False
 
 
-@cache
+TRITON_INSTALLED = _installed()
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace into Triton's settings
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, which it decides once, at its import."""
     from triton import knobs

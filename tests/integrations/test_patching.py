@@ -216,8 +216,9 @@ def test_gradients_equal_masked_eager(model, backend):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
 
 
-def test_compiles_as_one_graph_for_any_length(model):
-    patch_bert(model, MASK, bits=3)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_compiles_as_one_graph_for_any_length(model, backend):
+    patch_bert(model, MASK, bits=3, backend=backend)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((20, 13), (31, 2), (9, 9)):
