@@ -61,6 +61,6 @@ if missing:
 setup(
     packages=[*find_packages(include=["sparse_attn", "sparse_attn.*"]), "sparse_attn.kernels"],
     package_dir={"sparse_attn.kernels": "kernels"},
-    package_data={"": ["*.json"]},
+    package_data={"sparse_attn.kernels": ["tuning/*.json"]},
     **({} if missing else extension_arguments()),
 )

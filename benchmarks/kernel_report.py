@@ -1,6 +1,6 @@
 """Compiles every shipped kernel configuration for GPUs without one: registers, spills, shared memory, matrix unit.
 
-    python -m benchmarks.kernel_report [--kernels forward] [--architectures 80 90 100]
+    python -m benchmarks.kernel_report [--kernels forward] [--targets sm_90 gfx942]
         [--variants padded "3 bits"] [--json OUT]
 
 Needs Triton alone; TRITON_INTERPRET must not be set.
@@ -25,29 +25,58 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_attn.kernels.backward import grad_key_value_kernel, grad_query_kernel
-from sparse_attn.kernels.configuration import SHIPPED_CONFIGS, KernelConfig
+from sparse_attn.kernels.configuration import KERNELS, TABLES, KernelConfig, Problem, read_table
 from sparse_attn.kernels.forward import forward_kernel
 from sparse_attn.kernels.launch import common_constants
 
-ARCHITECTURES = (80, 90, 100)
-# Shared memory that one block can have, in bytes, by compute capability.
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
-
-_KERNELS = {"forward": forward_kernel, "grad_query": grad_query_kernel, "grad_key_value": grad_key_value_kernel}
+_FUNCTIONS = {"forward": forward_kernel, "grad_query": grad_query_kernel, "grad_key_value": grad_key_value_kernel}
 _POINTERS = {
-    "lse": "*fp32", "delta": "*fp32", "stops": "*i32", "columns": "*i32", "row_bits": "*i32", "levels": "*fp32",
-    "query_lengths": "*i32", "key_lengths": "*i32", "key_padding": "*u8", "cu_seqlens": "*i32", "seed": "*i64",
+    "lse": "*fp32", "delta": "*fp32", "stops": "*i32", "columns": "*i32", "row_bits": "*i32", "order": "*i32",
+    "levels": "*fp32", "query_lengths": "*i32", "key_lengths": "*i32", "key_padding": "*u8", "cu_seqlens": "*i32",
+    "seed": "*i64",
 }  # fmt: skip
 _ELEMENTS = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
 _FLOATS = ("scale", "scale_log2", "log2_threshold", "step", "dropout_factor")
-# Options of a call, and the levels of its rounding (0: none).
-_VARIANTS = {
-    "plain": ({}, 0),
-    "padded": (dict(query_lengths=True, key_lengths=True, key_padding=True), 0),
-    "tile": (dict(full=True, query_lengths=True, key_lengths=True), 0),
-    "packed": (dict(packed=True), 0),
-    "3 bits": (dict(packed=True), 8),
-    "causal, dropout": (dict(causal=True, dropout=True), 0),
+
+
+@dataclass(frozen=True)
+class Target:
+    """What code is made for: `shared_limit` is the shared memory that one block can have, in bytes."""
+
+    gpu: GPUTarget
+    shared_limit: int
+
+    @property
+    def amd(self) -> bool:
+        return self.gpu.backend == "hip"
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 166912),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 101376),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 101376),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 232448),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 232448),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of call: options of `common_constants`, and whether it rounds and what its lists look like follow from
+    the configuration, unless `full` says that all rows keep the same."""
+
+    options: dict[str, bool]
+    rounded: bool = False
+
+
+VARIANTS = {
+    "plain": Variant({}),
+    "padded": Variant(dict(query_lengths=True, key_lengths=True, key_padding=True)),
+    "tile": Variant(dict(full=True, query_lengths=True, key_lengths=True)),
+    "packed": Variant(dict(packed=True)),
+    "3 bits": Variant(dict(packed=True), rounded=True),
+    "causal, dropout": Variant(dict(causal=True, dropout=True)),
 }
 
 
@@ -55,9 +84,10 @@ _VARIANTS = {
 class Compiled:
     """What came out for one configuration: registers and spilled bytes a thread, shared memory in bytes a block."""
 
+    table: str
     kernel: str
     variant: str
-    architecture: int
+    target: str
     head_dim: int
     dtype: str
     config: KernelConfig
@@ -67,94 +97,114 @@ class Compiled:
     matrix_instructions: tuple[str, ...]
 
 
-def compile_kernel(
-    kernel: str, head_dim: int, dtype: torch.dtype, config: KernelConfig, variant: str, architecture: int
-) -> Compiled:
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: an entry of a tuning table, for a kind of call and a target."""
+
+    table: str
+    problem: Problem
+    config: KernelConfig
+    dtype: torch.dtype
+    variant: str
+    target: str
+
+
+def compile_job(job: Job) -> Compiled:
     """Compiles a kernel for one configuration and reads the machine code."""
-    function = _KERNELS[kernel]
-    options, levels = _VARIANTS[variant]
-    constants = common_constants(head_dim, config, dtype, **options)
-    constants |= dict(LEVELS=levels, MID_POINTS=True, ROUNDED=levels > 0, STORE_LSE=True)
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    element = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    variant, target = VARIANTS[job.variant], TARGETS[job.target]
+    function = _FUNCTIONS[job.problem.kernel]
+    options = variant.options
+    if job.config.split and not options.get("full"):
+        options = {**options, "parts": 2, "full": True}
+    constants = common_constants(job.problem.head_dim, job.config, job.dtype, amd=target.amd, **options)
+    levels = 8 if variant.rounded else 0
+    constants |= dict(LEVELS=levels, MID_POINTS=True, ROUNDED=levels > 0, HELD=job.config.held, STORE_LSE=True)
     signature, divisible = {}, {}
     for position, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _ELEMENTS:
-            signature[name] = element
-        elif name in _POINTERS:
-            signature[name] = _POINTERS[name]
-        elif name in _FLOATS:
-            signature[name] = "fp32"
-        elif name == "dropout_threshold":
-            signature[name] = "i64"
-        elif name.startswith("stride") and name.endswith("_dim"):
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32"
+        signature[name] = _type_of(name, job.dtype, constants)
         if signature[name].startswith("*") or (name.startswith("stride") and "lse" not in name):
             divisible[(position,)] = [["tt.divisibility", 16]]
+    constants |= {name: 1 for name in function.arg_names if name.startswith("stride") and name.endswith("_dim")}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     source = ASTSource(function, signature, constants, divisible)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    registers, spilled = _resources(compiled.asm["cubin"])
+    stages = {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
+    compiled = triton.compile(source, target=target.gpu, options=stages)
+    registers, spilled, matrix = _read_amd(compiled) if target.amd else _read_nvidia(compiled)
     return Compiled(
-        kernel, variant, architecture, head_dim, str(dtype).removeprefix("torch."), config, registers, spilled,
-        compiled.metadata.shared, _matrix_instructions(compiled.asm["ptx"]),
+        job.table, job.problem.kernel, job.variant, job.target, job.problem.head_dim,
+        str(job.dtype).removeprefix("torch."), job.config, registers, spilled, compiled.metadata.shared, matrix,
     )  # fmt: skip
 
 
-def shipped(kernels: list[str], architectures: list[int], variants: list[str]) -> list[tuple]:
-    """Arguments of `compile_kernel` for every shipped configuration; bfloat16, which differs from float16 in the
-    matrix instruction's type alone, for the forward kernel at head_dim 64."""
-    jobs = []
-    for kernel in kernels:
-        for (head_dim, size), config in SHIPPED_CONFIGS[kernel].items():
-            types = [torch.float16] if size == 2 else [torch.float32]
-            if (kernel, head_dim, size) == ("forward", 64, 2):
+def _type_of(name: str, dtype: torch.dtype, constants: dict[str, object]) -> str:
+    if name in constants or (name.startswith("stride") and name.endswith("_dim")):
+        return "constexpr"
+    if name in _ELEMENTS:
+        return {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    if name in _FLOATS:
+        return "fp32"
+    return "i64" if name == "dropout_threshold" else _POINTERS.get(name, "i32")
+
+
+def jobs(kernels: list[str], targets: list[str], variants: list[str]) -> list[Job]:
+    """Every entry of every shipped table, in the variants that it is used for; bfloat16, which differs from float16 in
+    the matrix instruction's type alone, for the forward kernel at head_dim 64 without rounding."""
+    found = []
+    for path in sorted(TABLES.glob("*.json")):
+        for problem, config in read_table(path).entries:
+            if problem.kernel not in kernels:
+                continue
+            types = [torch.float16] if problem.element_bytes == 2 else [torch.float32]
+            if (problem.kernel, problem.rounded, problem.head_dim, problem.element_bytes) == ("forward", False, 64, 2):
                 types.append(torch.bfloat16)
-            jobs += [
-                (kernel, head_dim, dtype, config, *rest) for dtype, *rest in product(types, variants, architectures)
+            # The backward kernels have one entry for calls with and without rounding.
+            used = [
+                name for name in variants if problem.kernel != "forward" or VARIANTS[name].rounded == problem.rounded
             ]
-    return jobs
+            found += [Job(path.stem, problem, config, *rest) for rest in product(types, used, targets)]
+    return list(dict.fromkeys(found))
 
 
-def compile_all(jobs: list[tuple], processes: int) -> list[Compiled]:
+def compile_all(wanted: list[Job], processes: int) -> list[Compiled]:
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compile_kernel, *zip(*jobs, strict=True), chunksize=4))
+        return list(pool.map(compile_job, wanted, chunksize=4))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, from the machine code's own record."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+def _read_nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, tuple[str, ...]]:
+    """Registers and spilled bytes a thread from the machine code's own record, and its matrix instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+    matrix = sorted(set(re.findall(r"\b([A-Z]*HGMMA|[A-Z]*HMMA|UTC[A-Z]*MMA)\b", text)))
+    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), tuple(matrix)
 
 
-def _matrix_instructions(ptx: str) -> tuple[str, ...]:
-    return tuple(sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx))))
+def _read_amd(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, tuple[str, ...]]:
+    """The same from the assembly, of a wavefront's vector registers."""
+    text = compiled.asm["amdgcn"]
+    usage = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
+    matrix = sorted(set(re.findall(r"\b(v_s?mfma)_", text)))
+    return int(usage["vgpr_count"]), int(usage["private_segment_fixed_size"]), tuple(matrix)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", nargs="+", default=list(_KERNELS), choices=_KERNELS)
-    parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES), choices=SHARED_LIMIT)
-    parser.add_argument("--variants", nargs="+", default=list(_VARIANTS), choices=_VARIANTS)
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    results = compile_all(shipped(arguments.kernels, arguments.architectures, arguments.variants), arguments.processes)
-    columns = "{:>14} {:>8} {:>9} {:>16} {:>4} {:>9} {:>8} {:>8}  {}"
-    print(columns.format("kernel", "head_dim", "dtype", "variant", "sm", "registers", "spilled", "shared", "matrix"))
+    results = compile_all(jobs(arguments.kernels, arguments.targets, arguments.variants), arguments.processes)
+    columns = "{:>14} {:>8} {:>9} {:>16} {:>7} {:>14} {:>9} {:>8} {:>8}  {}"
+    heading = ("kernel", "head_dim", "dtype", "variant", "target", "cut", "registers", "spilled", "shared", "matrix")
+    print(columns.format(*heading))
     for one in results:
-        shown = (one.kernel, one.head_dim, one.dtype, one.variant, one.architecture, one.registers, one.spilled_bytes)
+        cut = f"{one.config.rows}x{one.config.columns}" + (f"/{one.config.held}" if one.config.held else "")
+        shown = (one.kernel, one.head_dim, one.dtype, one.variant, one.target, cut, one.registers, one.spilled_bytes)
         print(columns.format(*shown, one.shared_bytes, " ".join(one.matrix_instructions) or "-"))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))

@@ -16,10 +16,12 @@ from .forward import list_scores
 from .primitives import (
     LENGTHS,
     LN_2,
+    drop,
     dropout_factors,
     dropout_row_numbers,
     list_of_group,
     load_rows,
+    program_place,
     round_to_levels,
     row_bits_of,
     rows_of_group,
@@ -36,7 +38,7 @@ def load_lse2(lse, rows, row_ok):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def grad_query_kernel(
-    query, key, value, output, grad_output, grad_query, lse, delta, stops, columns, row_bits,
+    query, key, value, output, grad_output, grad_query, lse, delta, stops, columns, row_bits, order,
     query_lengths, key_lengths, key_padding, cu_seqlens, seed,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
     stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
@@ -45,21 +47,20 @@ def grad_query_kernel(
     stride_grad_output_batch, stride_grad_output_head, stride_grad_output_row, stride_grad_output_dim,
     stride_grad_query_batch, stride_grad_query_head, stride_grad_query_row,
     stride_lse_batch, stride_lse_head,
-    heads, groups, key_blocks, query_len, key_len, query_offset, first_group,
+    tiles, first_tile, first_group, heads, groups, key_blocks, query_len, key_len, query_offset,
     scale, scale_log2, dropout_threshold, dropout_factor,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STOP_KEYS: tl.constexpr, ROUNDED: tl.constexpr, FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    STOP_KEYS: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, ORDERED: tl.constexpr,
+    ROUNDED: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr, HAS_KEY_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one row group, and delta of its rows for the other kernel. Grid: (row groups, heads, sequences).
+    """dq of one row group, and delta of its rows for the other kernel. Grid: sequences * tiles.
 
     Without rounding delta is rowsum(o * do); with it the output was made from other probabilities, so delta needs a
     pass over the list of its own.
     """
-    group = first_group + tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    batch, head, group = program_place(order, tiles, first_tile, first_group, heads, groups, ORDERED)
     sequence, first_token, rows_end, keys_end, rows_stored, keys_stored = sequence_bounds(
         batch, cu_seqlens, query_lengths, key_lengths, query_len, key_len, PACKED, HAS_QUERY_LENGTHS, HAS_KEY_LENGTHS
     )
@@ -87,42 +88,46 @@ def grad_query_kernel(
     if CAUSAL:
         keys_end = tl.minimum(keys_end, (group + 1) * ROWS)
     any_row = (group * ROWS - query_offset < rows_end) & (keys_end > 0)
-    list_start, list_end = list_of_group(stops, head, groups, group, key_blocks, keys_end, any_row, STOP_KEYS)
 
     q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)
     do = load_rows(grad_output, rows, row_ok, stride_grad_output_row, dims, stride_grad_output_dim, HEAD_DIM)
     lse2 = load_lse2(lse, rows, row_ok)
     row_delta = tl.zeros([ROWS], tl.float32)
     if ROUNDED:
-        for entry in tl.range(list_start, list_end, COLUMNS):
-            scores, _, column, column_ok = list_scores(
-                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
-                mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
-            )  # fmt: skip
-            v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            if DROPOUT:
-                dp *= dropout_factors(
-                    seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor
-                )
-            row_delta += tl.sum(tl.exp2(scores - lse2[:, None]) * dp, 1)
+        for part in tl.static_range(PARTS):
+            part_start, part_end = list_of_group(
+                stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
+            )
+            for entry in tl.range(part_start, part_end, COLUMNS):
+                scores, k, column, column_ok = list_scores(
+                    q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end, keys_end,
+                    mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING,
+                    PRECISION,
+                )  # fmt: skip
+                v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = drop(dp, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
+                row_delta += tl.sum(tl.exp2(scores - lse2[:, None]) * dp, 1)
     else:
         o = load_rows(output, rows, row_ok, stride_output_row, dims, 1, HEAD_DIM)
         row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + rows, row_delta, mask=row_stored)
 
     accumulator = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
-    for entry in tl.range(list_start, list_end, COLUMNS):
-        scores, k, column, column_ok = list_scores(
-            q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
-            mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
-        )  # fmt: skip
-        v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        if DROPOUT:
-            dp *= dropout_factors(seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor)
-        ds = tl.exp2(scores - lse2[:, None]) * (dp - row_delta[:, None])
-        accumulator = tl.dot(ds.to(k.dtype), k, accumulator, input_precision=PRECISION)
+    for part in tl.static_range(PARTS):
+        part_start, part_end = list_of_group(
+            stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
+        )
+        for entry in tl.range(part_start, part_end, COLUMNS):
+            scores, k, column, column_ok = list_scores(
+                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end, keys_end,
+                mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+            )  # fmt: skip
+            v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = drop(dp, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
+            ds = tl.exp2(scores - lse2[:, None]) * (dp - row_delta[:, None])
+            accumulator = tl.dot(ds.to(k.dtype), k, accumulator, input_precision=PRECISION)
     accumulator = tl.where(row_ok[:, None], accumulator * scale, 0.0)
     pointers = grad_query + rows[:, None] * stride_grad_query_row + dims[None, :]
     stored = row_stored[:, None] & (dims < HEAD_DIM)[None, :]
@@ -131,7 +136,7 @@ def grad_query_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def grad_key_value_kernel(
-    query, key, value, grad_output, grad_key, grad_value, lse, delta, stops, columns, row_bits, levels,
+    query, key, value, grad_output, grad_key, grad_value, lse, delta, stops, columns, row_bits, order, levels,
     query_lengths, key_lengths, key_padding, cu_seqlens, seed,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
     stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
@@ -139,23 +144,19 @@ def grad_key_value_kernel(
     stride_grad_output_batch, stride_grad_output_head, stride_grad_output_row, stride_grad_output_dim,
     stride_grad_key_batch, stride_grad_key_head, stride_grad_key_row,
     stride_lse_batch, stride_lse_head,
-    heads, groups, query_blocks, query_len, key_len, query_offset,
+    tiles, first_tile, heads, groups, query_blocks, query_len, key_len, query_offset,
     scale, scale_log2, log2_threshold, step, dropout_threshold, dropout_factor,
     HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STOP_KEYS: tl.constexpr, LEVELS: tl.constexpr, MID_POINTS: tl.constexpr,
-    FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    STOP_KEYS: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, ORDERED: tl.constexpr,
+    LEVELS: tl.constexpr, MID_POINTS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr, HAS_KEY_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one group of ROWS keys: walks the queries that keep any of them.
-
-    Grid: (key groups, heads, sequences).
+    """dk and dv of one group of ROWS keys: walks the queries that keep any of them. Grid: sequences * tiles.
 
     stops, columns and row_bits belong to the transposed mask: rows are keys and columns are absolute query positions.
     """
-    group = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
+    batch, head, group = program_place(order, tiles, first_tile, 0, heads, groups, ORDERED)
     sequence, first_token, rows_end, keys_end, rows_stored, keys_stored = sequence_bounds(
         batch, cu_seqlens, query_lengths, key_lengths, query_len, key_len, PACKED, HAS_QUERY_LENGTHS, HAS_KEY_LENGTHS
     )
@@ -181,42 +182,47 @@ def grad_key_value_kernel(
     # The list of this group, up to the last real query. No real key: an empty list.
     queries_end = rows_end + query_offset
     any_key = (group * ROWS < keys_end) & (rows_end > 0)
-    list_start, list_end = list_of_group(stops, head, groups, group, query_blocks, queries_end, any_key, STOP_KEYS)
 
     k = load_rows(key, keys, key_ok, stride_key_row, dims, stride_key_dim, HEAD_DIM)
     v = load_rows(value, keys, key_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
     dk = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
     dv = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
-    for entry in tl.range(list_start, list_end, COLUMNS):
-        entries = entry + tl.arange(0, COLUMNS)
-        in_list = entries < list_end
-        position = tl.load(columns + entries, mask=in_list, other=0)
-        rows = position - query_offset
-        row_ok = in_list & (rows >= 0) & (rows < rows_end)
-        q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)
-        do = load_rows(grad_output, rows, row_ok, stride_grad_output_row, dims, stride_grad_output_dim, HEAD_DIM)
-        lse2 = load_lse2(lse, rows, row_ok)[None, :]
-        row_delta = tl.load(delta + rows, mask=row_ok, other=0.0)[None, :]
-        kept = key_ok[:, None] & row_ok[None, :]
-        if not FULL:
-            kept = kept & row_bits_of(row_bits, entries, in_list, ROWS)
-        if CAUSAL:
-            kept = kept & (keys[:, None] <= position[None, :])
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [ROWS keys, COLUMNS queries]
-        scores = tl.where(kept, scores, float("-inf"))
-        p = tl.exp2(scores - lse2)
-        used = p
-        if LEVELS > 0:
-            used = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        if DROPOUT:
-            row_numbers = dropout_row_numbers(batch, head, heads, first_token, rows, query_len, PACKED)
-            factors = dropout_factors(seed_word, row_numbers[None, :], keys[:, None], dropout_threshold, dropout_factor)
-            used *= factors
-            dp *= factors
-        dv = tl.dot(used.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = p * (dp - row_delta)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    for part in tl.static_range(PARTS):
+        part_start, part_end = list_of_group(
+            stops, head, groups, group, part, query_blocks, queries_end, any_key, PARTS, STOP_KEYS
+        )
+        for entry in tl.range(part_start, part_end, COLUMNS):
+            entries = entry + tl.arange(0, COLUMNS)
+            in_list = entries < part_end
+            position = tl.load(columns + entries, mask=in_list, other=0)
+            rows = position - query_offset
+            row_ok = in_list & (rows >= 0) & (rows < rows_end)
+            q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)
+            do = load_rows(grad_output, rows, row_ok, stride_grad_output_row, dims, stride_grad_output_dim, HEAD_DIM)
+            lse2 = load_lse2(lse, rows, row_ok)[None, :]
+            row_delta = tl.load(delta + rows, mask=row_ok, other=0.0)[None, :]
+            kept = key_ok[:, None] & row_ok[None, :]
+            if part > 0 or not FULL:
+                kept = kept & row_bits_of(row_bits, entries, in_list, ROWS)
+            if CAUSAL:
+                kept = kept & (keys[:, None] <= position[None, :])
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [ROWS keys, COLUMNS queries]
+            scores = tl.where(kept, scores, float("-inf"))
+            p = tl.exp2(scores - lse2)
+            used = p
+            if LEVELS > 0:
+                used = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            if DROPOUT:
+                row_numbers = dropout_row_numbers(batch, head, heads, first_token, rows, query_len, PACKED)
+                factors = dropout_factors(
+                    seed_word, row_numbers[None, :], keys[:, None], dropout_threshold, dropout_factor
+                )
+                used *= factors
+                dp *= factors
+            dv = tl.dot(used.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = p * (dp - row_delta)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     offsets = grad_offset + keys[:, None] * stride_grad_key_row + dims[None, :]
     stored = (keys < keys_stored)[:, None] & (dims < HEAD_DIM)[None, :]

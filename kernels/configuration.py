@@ -1,4 +1,4 @@
-"""Which configuration a kernel runs with: data in configurations.json, by head_dim and element size.
+"""Which configuration a kernel runs with: data in tuning/*.json, one table per GPU and a default.
 
 This module needs no Triton, so that a backend can choose a layout for a kernel without importing it.
 """
@@ -6,43 +6,153 @@ This module needs no Triton, so that a backend can choose a layout for a kernel 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+import os
+import re
+import warnings
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
+import torch
+
 MAX_HEAD_DIM = 256
+KERNELS = ("forward", "grad_query", "grad_key_value")
+TABLES = Path(__file__).with_name("tuning")
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How a kernel is cut: `rows` in a group (queries, or keys where the mask is transposed), `columns` list entries a
-    step."""
+    """How a kernel is cut.
+
+    Attributes:
+        rows: queries in a group (keys, where the mask is transposed).
+        columns: list entries a step.
+        held: the forward kernel takes lists of at most this many entries in one step, which holds their scores in
+            registers; 0 for none. A power of two.
+        split: the columns that all rows keep come in a part of their own, walked without a bit test.
+        num_warps, num_stages: of the program, and of the pipeline over the list.
+    """
 
     rows: int
     columns: int
     num_warps: int
     num_stages: int
+    held: int = 0
+    split: bool = False
 
 
-def _read(path: Path) -> dict[str, dict[tuple[int, int], KernelConfig]]:
-    fields = KernelConfig.__dataclass_fields__
-    return {
-        kernel: {
-            (entry["head_dim"], entry["element_bytes"]): KernelConfig(**{name: entry[name] for name in fields})
-            for entry in entries
-        }
-        for kernel, entries in json.loads(path.read_text()).items()
-    }
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen by.
+
+    Attributes:
+        kernel: one of KERNELS.
+        rounded: whether the forward kernel rounds probabilities; false for the others.
+        head_dim, element_bytes: of query, key and value.
+        key_len: keys that the mask covers.
+        spread: how much more work groups of 64 queries do than groups of 16, `work(64) / work(16)` of the layout: from
+            1 (neighbouring queries keep the same keys) to 4 (they keep different ones).
+    """
+
+    kernel: str
+    rounded: bool
+    head_dim: int
+    element_bytes: int
+    key_len: int
+    spread: float
+
+    def distance(self, other: Problem) -> float:
+        """How far two problems are apart where their kernel and element type agree, in doublings."""
+        return abs(math.log2(self.key_len / other.key_len)) + 2 * abs(math.log2(self.spread / other.spread))
 
 
-# Kernel ("forward", "grad_query", "grad_key_value") -> (largest head_dim, element bytes) -> configuration. Read at
-# import and not on demand, since torch.compile traces the choice.
-SHIPPED_CONFIGS = _read(Path(__file__).with_name("configurations.json"))
+@dataclass(frozen=True)
+class TuningTable:
+    """Configurations that were found best on one device, each for the problem that it was found for."""
+
+    device: str
+    entries: tuple[tuple[Problem, KernelConfig], ...]
+
+    def nearest(self, problem: Problem) -> KernelConfig | None:
+        """The configuration for the nearest problem of the same kernel, rounding and element size whose head_dim is the
+        smallest that is not smaller; None if there is none."""
+        usable = [
+            (known, config)
+            for known, config in self.entries
+            if (known.kernel, known.rounded, known.element_bytes)
+            == (problem.kernel, problem.rounded, problem.element_bytes)
+            and known.head_dim >= problem.head_dim
+        ]
+        if not usable:
+            return None
+        return min(usable, key=lambda entry: (entry[0].head_dim, entry[0].distance(problem)))[1]
 
 
-def config(kernel: str, head_dim: int, element_bytes: int) -> KernelConfig:
-    """The configuration for the smallest shipped head_dim that holds `head_dim`."""
-    configs = SHIPPED_CONFIGS[kernel]
-    fitting = [size for size, size_bytes in configs if size_bytes == element_bytes and size >= head_dim]
-    if not fitting:
-        raise ValueError(f"no configuration of {kernel} for head_dim {head_dim} with {element_bytes}-byte elements")
-    return configs[min(fitting), element_bytes]
+def read_table(path: str | os.PathLike) -> TuningTable:
+    """Reads a table that `benchmarks.tune` wrote. Raises ValueError for a file that is none."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = tuple((_pick(Problem, entry), _pick(KernelConfig, entry)) for entry in content["entries"])
+        return TuningTable(content["device"], entries)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a tuning table ({type(error).__name__}: {error}); `python -m benchmarks.tune` writes one"
+        ) from error
+
+
+def entry(problem: Problem, config: KernelConfig, **measured: object) -> dict[str, object]:
+    """One entry of a table's JSON."""
+    return {**asdict(problem), **asdict(config), **measured}
+
+
+def table_name(device: str) -> str:
+    """The name of the file that holds the table of a device: "NVIDIA H200" -> "nvidia-h200.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+@cache
+def shipped_table(device: str | None = None) -> TuningTable | None:
+    """The table that the package holds for a device, by default that for all of them; None if there is none."""
+    path = TABLES / ("default.json" if device is None else table_name(device))
+    return read_table(path) if path.exists() else None
+
+
+_used: dict[str, TuningTable] = {}
+
+
+def use_table(table: TuningTable) -> None:
+    """Takes configurations from `table` on its device ("cpu" is Triton's interpreter) from now on, for layouts that no
+    kernel has used yet."""
+    _used[table.device] = table
+
+
+def choose(problem: Problem, device: torch.device) -> KernelConfig:
+    """The configuration for `problem`: from the table of the GPU, or else, with one warning, from the default one.
+
+    Raises ValueError for a head_dim that no configuration holds.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    table = _used.get(name) or shipped_table(name)
+    if table is None and device.type == "cuda":
+        _warn_untuned(name)
+    config = (table.nearest(problem) if table else None) or shipped_table().nearest(problem)
+    if config is None:
+        raise ValueError(
+            f"no configuration of {problem.kernel} for head_dim {problem.head_dim} with {problem.element_bytes}-byte "
+            f"elements; the largest head_dim is {MAX_HEAD_DIM}"
+        )
+    return config
+
+
+@cache
+def _warn_untuned(device: str) -> None:
+    warnings.warn(
+        f"the kernels have not been tuned for {device}: default configurations are used, which are correct and may be "
+        "slow. `python -m benchmarks.tune` in the project's repository writes a table for this GPU",
+        stacklevel=2,
+    )
+
+
+def _pick(kind: type, values: dict[str, object]):
+    return kind(**{field.name: values[field.name] for field in fields(kind)})

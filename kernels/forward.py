@@ -6,11 +6,12 @@ import triton.language as tl
 from .primitives import (
     LENGTHS,
     LN_2,
-    dropout_factors,
+    drop,
     dropout_row_numbers,
     finite_lse2,
     list_of_group,
     load_rows,
+    program_place,
     round_to_levels,
     row_bits_of,
     rows_of_group,
@@ -23,10 +24,10 @@ from .primitives import (
 def list_scores(
     q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, key_end, mask_rows, dims,
     scale_log2,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    part: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     FULL: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores of the list entries from `entry` on, -inf where not kept.
+    """Base-2 scores of the list entries from `entry` on, -inf where not kept. All rows keep what is in part 0, if FULL.
     -> [ROWS, COLUMNS], the keys' rows [COLUMNS, HEAD_BLOCK], columns, column_ok"""
     entries = entry + tl.arange(0, COLUMNS)
     in_list = entries < list_end
@@ -37,7 +38,7 @@ def list_scores(
     k = load_rows(key, column, column_ok, stride_key_row, dims, stride_key_dim, HEAD_DIM)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     kept = column_ok[None, :]
-    if not FULL:
+    if part > 0 or not FULL:
         kept = kept & row_bits_of(row_bits, entries, in_list, ROWS)
     if CAUSAL:
         kept = kept & (column[None, :] <= mask_rows[:, None])
@@ -46,30 +47,28 @@ def list_scores(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    query, key, value, output, lse, stops, columns, row_bits, levels,
+    query, key, value, output, lse, stops, columns, row_bits, order, levels,
     query_lengths, key_lengths, key_padding, cu_seqlens, seed,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
     stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
     stride_value_batch, stride_value_head, stride_value_row, stride_value_dim,
     stride_output_batch, stride_output_head, stride_output_row,
     stride_lse_batch, stride_lse_head,
-    heads, groups, key_blocks, query_len, key_len, query_offset, first_group,
+    tiles, first_tile, first_group, heads, groups, key_blocks, query_len, key_len, query_offset,
     scale_log2, log2_threshold, step, dropout_threshold, dropout_factor,
-    HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    STOP_KEYS: tl.constexpr, LEVELS: tl.constexpr, MID_POINTS: tl.constexpr,
-    FULL: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr,
+    STOP_KEYS: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr, ORDERED: tl.constexpr,
+    LEVELS: tl.constexpr, MID_POINTS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr, HAS_KEY_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """o = Q(softmax(q k^T * scale over kept keys)) v for one row group.
+    """o = Q(softmax(q k^T * scale over kept keys)) v for one row group. Grid: sequences * tiles.
 
-    Grid: (row groups, heads, sequences). Without rounding (LEVELS == 0) one pass of online softmax. With rounding the
-    normaliser comes first: a list of at most COLUMNS entries holds its scores, a longer one computes them twice.
+    A list of at most HELD entries is taken at once. A longer one goes in steps of COLUMNS: one pass of online softmax
+    without rounding (LEVELS == 0); with it the normaliser must be known first, so a pass computes that and a second
+    one rounds straight from the scores.
     """
-    group = first_group + tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-
+    batch, head, group = program_place(order, tiles, first_tile, first_group, heads, groups, ORDERED)
     sequence, first_token, rows_end, keys_end, rows_stored, keys_stored = sequence_bounds(
         batch, cu_seqlens, query_lengths, key_lengths, query_len, key_len, PACKED, HAS_QUERY_LENGTHS, HAS_KEY_LENGTHS
     )
@@ -90,61 +89,64 @@ def forward_kernel(
     if CAUSAL:
         keys_end = tl.minimum(keys_end, (group + 1) * ROWS)
     any_row = (group * ROWS - query_offset < rows_end) & (keys_end > 0)
-    list_start, list_end = list_of_group(stops, head, groups, group, key_blocks, keys_end, any_row, STOP_KEYS)
+    list_start, list_end = list_of_group(stops, head, groups, group, 0, key_blocks, keys_end, any_row, PARTS, STOP_KEYS)
+    MAY_HOLD: tl.constexpr = HELD > 0 and PARTS == 1
+    in_steps = True
+    if MAY_HOLD:
+        in_steps = list_end - list_start > HELD
 
     q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)  # [ROWS, HEAD_BLOCK]
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
-
-    if LEVELS == 0:
-        for entry in tl.range(list_start, list_end, COLUMNS):
-            scores, _, column, column_ok = list_scores(
-                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
-                mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
-            )  # fmt: skip
-            p, row_max, row_sum, correction = softmax_step(scores, row_max, row_sum)
-            if DROPOUT:
-                p *= dropout_factors(
-                    seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor
+    if in_steps:
+        for part in tl.static_range(PARTS):
+            part_start, part_end = list_of_group(
+                stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
+            )
+            for entry in tl.range(part_start, part_end, COLUMNS):
+                scores, k, column, column_ok = list_scores(
+                    q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end, keys_end,
+                    mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING,
+                    PRECISION,
+                )  # fmt: skip
+                p, row_max, row_sum, correction = softmax_step(scores, row_max, row_sum)
+                if LEVELS == 0:
+                    p = drop(p, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
+                    v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+                    accumulator = accumulator * correction[:, None]
+                    accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
+        if LEVELS > 0:
+            lse2 = finite_lse2(row_max, row_sum)[:, None]
+            for part in tl.static_range(PARTS):
+                part_start, part_end = list_of_group(
+                    stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
                 )
-            v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
-            accumulator = accumulator * correction[:, None]
-            accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
-        accumulator = accumulator / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
-    elif list_end - list_start <= COLUMNS:
-        scores, _, column, column_ok = list_scores(
+                for entry in tl.range(part_start, part_end, COLUMNS):
+                    scores, k, column, column_ok = list_scores(
+                        q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end,
+                        keys_end, mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL,
+                        HAS_KEY_PADDING, PRECISION,
+                    )  # fmt: skip
+                    p = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
+                    p = drop(p, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
+                    v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+                    accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
+    elif MAY_HOLD:
+        scores, k, column, column_ok = list_scores(
             q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, list_start, list_end, keys_end,
-            mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+            mask_rows, dims, scale_log2, 0, HEAD_DIM, ROWS, HELD, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
         )  # fmt: skip
-        _, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum)
-        p = round_to_levels(
-            scores, finite_lse2(row_max, row_sum)[:, None], log2_threshold, step, levels, LEVELS, MID_POINTS
-        )
-        if DROPOUT:
-            p *= dropout_factors(seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor)
+        # Loaded before the softmax, so that the values are on their way meanwhile.
         v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
+        p, row_max, row_sum, correction = softmax_step(scores, row_max, row_sum)
+        if LEVELS > 0:
+            lse2 = finite_lse2(row_max, row_sum)[:, None]
+            p = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
+        p = drop(p, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
         accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
-    else:
-        for entry in tl.range(list_start, list_end, COLUMNS):
-            scores, _, _, _ = list_scores(
-                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
-                mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
-            )  # fmt: skip
-            _, row_max, row_sum, _ = softmax_step(scores, row_max, row_sum)
-        lse2 = finite_lse2(row_max, row_sum)
-        for entry in tl.range(list_start, list_end, COLUMNS):
-            scores, _, column, column_ok = list_scores(
-                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, keys_end,
-                mask_rows, dims, scale_log2, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
-            )  # fmt: skip
-            p = round_to_levels(scores, lse2[:, None], log2_threshold, step, levels, LEVELS, MID_POINTS)
-            if DROPOUT:
-                p *= dropout_factors(
-                    seed_word, row_numbers[:, None], column[None, :], dropout_threshold, dropout_factor
-                )
-            v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
-            accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
+    if LEVELS == 0:
+        accumulator = accumulator / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
 
     # Rows past the sequence's end may have seen a full list: they yield zeros and -inf like any row without keys.
     accumulator = tl.where(row_ok[:, None], accumulator, 0.0)

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from ..dropout import drop_threshold
-from ..layout import STOP_KEYS
+from ..layout import STOP_KEYS, order_of
 from ..ops import AttentionCall
 from .backward import grad_key_value_kernel, grad_query_kernel
 from .configuration import KernelConfig
@@ -24,6 +24,7 @@ class Lists:
     stops: Tensor
     columns: Tensor
     row_bits: Tensor
+    order: Tensor
     full: bool
 
 
@@ -49,30 +50,36 @@ def common_constants(
     config: KernelConfig,
     dtype: torch.dtype,
     *,
+    parts: int = 1,
     full: bool = False,
+    ordered: bool = True,
     causal: bool = False,
     packed: bool = False,
     query_lengths: bool = False,
     key_lengths: bool = False,
     key_padding: bool = False,
     dropout: bool = False,
+    amd: bool = False,
 ) -> dict[str, object]:
     """The compile-time arguments that all kernels share."""
+    # Three tf32 products keep what float32 inputs hold; a single one would cost them three digits.
+    precision = "ieee" if amd else "tf32x3" if dtype == torch.float32 else "tf32"
     return dict(
         HEAD_DIM=head_dim,
         HEAD_BLOCK=max(16, triton.next_power_of_2(head_dim)),
         ROWS=config.rows,
         COLUMNS=config.columns,
         STOP_KEYS=STOP_KEYS,
+        PARTS=parts,
         FULL=full,
+        ORDERED=ordered,
         CAUSAL=causal,
         PACKED=packed,
         HAS_QUERY_LENGTHS=query_lengths,
         HAS_KEY_LENGTHS=key_lengths,
         HAS_KEY_PADDING=key_padding,
         DROPOUT=dropout,
-        # Three tf32 products keep what float32 inputs hold; a single one would cost them three digits.
-        PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
+        PRECISION=precision,
     )
 
 
@@ -88,22 +95,22 @@ def forward(
     """Writes `output`, whose last dimension is contiguous, and `lse`, unless it is empty. `lists` are for
     `config.rows` queries."""
     sizes = _Sizes.of(call)
-    groups = sizes.query_groups(config.rows)
-    if groups == 0 or 0 in (sizes.heads, sizes.batch):
+    tiles = _Tiles.of(lists, sizes.heads, *sizes.query_groups(config.rows))
+    if tiles.count == 0 or sizes.batch == 0:
         return
     absent = lists.stops
-    forward_kernel[(groups, sizes.heads, sizes.batch)](
+    forward_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, output, lse if lse.numel() else output,
-        lists.stops, lists.columns, lists.row_bits, rounding.levels if rounding else absent,
+        lists.stops, lists.columns, lists.row_bits, lists.order, rounding.levels if rounding else absent,
         *_optional(call, absent),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, output)[:3], *_row_strides(call, lse),
-        sizes.heads, lists.stops.shape[0] // sizes.heads, lists.stops.shape[1] - 1, sizes.query_len, sizes.key_len,
-        call.query_offset, call.query_offset // config.rows,
+        tiles.count, tiles.first, tiles.first_group, sizes.heads, tiles.groups, tiles.blocks,
+        sizes.query_len, sizes.key_len, call.query_offset,
         call.scale * math.log2(math.e), rounding.log2_threshold if rounding else 0.0,
         rounding.step if rounding else 1.0, drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout),
-        **_constants(call, config, lists), **rounding_constants(rounding), STORE_LSE=lse.numel() > 0,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **_constants(call, config, lists, tiles), **rounding_constants(rounding),
+        HELD=config.held, STORE_LSE=lse.numel() > 0, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -121,38 +128,56 @@ def backward(
 ) -> None:
     """Writes the gradients of query, key and value, contiguous tensors. `lists` are for `query_config.rows` queries,
     `transposed` for `key_config.rows` keys."""
-    sizes = _Sizes.of(call)
-    query_groups, key_groups = sizes.query_groups(query_config.rows), -(-sizes.key_len // key_config.rows)
-    if 0 in (query_groups, key_groups, sizes.heads, sizes.batch):
-        for gradient in gradients:
-            gradient.zero_()
-        return
-    grad_query, grad_key, grad_value = gradients
     delta = torch.empty_like(lse)
-    absent = lists.stops
-    inputs = (*_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value))
-    scales = (call.scale, call.scale * math.log2(math.e))
-    dropout = (drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout))
-    grad_query_kernel[(query_groups, sizes.heads, sizes.batch)](
+    backward_query(call, output, lse, delta, grad_output, gradients[0], lists, query_config, rounding)
+    backward_key_value(call, lse, delta, grad_output, gradients[1:], transposed, key_config, rounding)
+
+
+def backward_query(
+    call: AttentionCall, output: Tensor, lse: Tensor, delta: Tensor, grad_output: Tensor, grad_query: Tensor,
+    lists: Lists, config: KernelConfig, rounding: Rounding | None,
+) -> None:  # fmt: skip
+    """Writes the gradient of the query, and `delta`, like lse, which `backward_key_value` reads."""
+    sizes = _Sizes.of(call)
+    tiles = _Tiles.of(lists, sizes.heads, *sizes.query_groups(config.rows))
+    if tiles.count == 0 or sizes.batch == 0:
+        return
+    grad_query_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, output, grad_output, grad_query, lse, delta,
-        lists.stops, lists.columns, lists.row_bits, *_optional(call, absent),
-        *inputs, *_strides(call, output)[:3], *_strides(call, grad_output), *_strides(call, grad_query)[:3],
+        lists.stops, lists.columns, lists.row_bits, lists.order, *_optional(call, lists.stops),
+        *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
+        *_strides(call, output)[:3], *_strides(call, grad_output), *_strides(call, grad_query)[:3],
         *_row_strides(call, lse),
-        sizes.heads, lists.stops.shape[0] // sizes.heads, lists.stops.shape[1] - 1, sizes.query_len, sizes.key_len,
-        call.query_offset, call.query_offset // query_config.rows, *scales, *dropout,
-        **_constants(call, query_config, lists), ROUNDED=rounding is not None,
-        num_warps=query_config.num_warps, num_stages=query_config.num_stages,
+        tiles.count, tiles.first, tiles.first_group, sizes.heads, tiles.groups, tiles.blocks,
+        sizes.query_len, sizes.key_len, call.query_offset,
+        call.scale, call.scale * math.log2(math.e), drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout),
+        **_constants(call, config, lists, tiles), ROUNDED=rounding is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    grad_key_value_kernel[(key_groups, sizes.heads, sizes.batch)](
+
+
+def backward_key_value(
+    call: AttentionCall, lse: Tensor, delta: Tensor, grad_output: Tensor, gradients: tuple[Tensor, Tensor],
+    transposed: Lists, config: KernelConfig, rounding: Rounding | None,
+) -> None:  # fmt: skip
+    """Writes the gradients of key and value. `transposed` are the lists of the transposed mask."""
+    sizes = _Sizes.of(call)
+    tiles = _Tiles.of(transposed, sizes.heads, 0, -(-sizes.key_len // config.rows))
+    if tiles.count == 0 or sizes.batch == 0:
+        return
+    grad_key, grad_value = gradients
+    grad_key_value_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, grad_output, grad_key, grad_value, lse, delta,
-        transposed.stops, transposed.columns, transposed.row_bits, rounding.levels if rounding else absent,
-        *_optional(call, absent), *inputs, *_strides(call, grad_output), *_strides(call, grad_key)[:3],
-        *_row_strides(call, lse),
-        sizes.heads, transposed.stops.shape[0] // sizes.heads, transposed.stops.shape[1] - 1,
-        sizes.query_len, sizes.key_len, call.query_offset, *scales,
-        rounding.log2_threshold if rounding else 0.0, rounding.step if rounding else 1.0, *dropout,
-        **_constants(call, key_config, transposed), **rounding_constants(rounding),
-        num_warps=key_config.num_warps, num_stages=key_config.num_stages,
+        transposed.stops, transposed.columns, transposed.row_bits, transposed.order,
+        rounding.levels if rounding else transposed.stops, *_optional(call, transposed.stops),
+        *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
+        *_strides(call, grad_output), *_strides(call, grad_key)[:3], *_row_strides(call, lse),
+        tiles.count, tiles.first, sizes.heads, tiles.groups, tiles.blocks,
+        sizes.query_len, sizes.key_len, call.query_offset,
+        call.scale, call.scale * math.log2(math.e), rounding.log2_threshold if rounding else 0.0,
+        rounding.step if rounding else 1.0, drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout),
+        **_constants(call, config, transposed, tiles), **rounding_constants(rounding),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
@@ -171,14 +196,36 @@ class _Sizes:
             return cls(call.cu_seqlens.numel() - 1, heads, call.max_length, call.max_length, call.query_offset)
         return cls(call.query.shape[0], heads, call.query.shape[2], call.key.shape[2], call.query_offset)
 
-    def query_groups(self, rows: int) -> int:
-        """Row groups of the mask that the queries touch."""
-        return -(-(self.query_offset + self.query_len) // rows) - self.query_offset // rows
+    def query_groups(self, rows: int) -> tuple[int, int]:
+        """The first of the mask's row groups that the queries touch, and the end of them."""
+        return self.query_offset // rows, -(-(self.query_offset + self.query_len) // rows)
 
 
-def _constants(call: AttentionCall, config: KernelConfig, lists: Lists) -> dict[str, object]:
+@dataclass(frozen=True)
+class _Tiles:
+    """The programs of one sequence: see `primitives.program_place`."""
+
+    count: int
+    first: int
+    first_group: int
+    groups: int
+    blocks: int
+    ordered: bool
+
+    @classmethod
+    def of(cls, lists: Lists, heads: int, first_group: int, groups_end: int) -> _Tiles:
+        all_lists, _, stops = lists.stops.shape
+        groups, wanted = all_lists // heads if heads else 0, groups_end - first_group
+        if first_group > 0 or heads * wanted == 0:  # decoding: few groups, far from the first
+            return cls(heads * wanted, 0, first_group, groups, stops - 1, ordered=False)
+        start, count = order_of(heads, groups, wanted)
+        return cls(count, start, 0, groups, stops - 1, ordered=True)
+
+
+def _constants(call: AttentionCall, config: KernelConfig, lists: Lists, tiles: _Tiles) -> dict[str, object]:
     return common_constants(
-        call.query.shape[-1], config, call.query.dtype, full=lists.full, causal=call.causal, packed=call.packed,
+        call.query.shape[-1], config, call.query.dtype, parts=lists.stops.shape[1], full=lists.full,
+        ordered=tiles.ordered, amd=torch.version.hip is not None, causal=call.causal, packed=call.packed,
         query_lengths=call.query_lengths is not None, key_lengths=call.key_lengths is not None,
         key_padding=call.key_padding is not None, dropout=call.seed is not None,
     )  # fmt: skip

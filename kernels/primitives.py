@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 # Lengths change from call to call: kernels are not compiled again for them.
-LENGTHS = ["query_len", "key_len", "query_offset", "first_group", "stride_lse_batch", "stride_lse_head"]
+LENGTHS = [
+    "tiles", "first_tile", "first_group", "query_len", "key_len", "query_offset", "stride_lse_batch", "stride_lse_head",
+]  # fmt: skip
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -90,6 +92,14 @@ def dropout_factors(seed, row_numbers, keys, threshold, factor):
 
 
 @triton.jit
+def drop(p, seed, row_numbers, keys, threshold, factor, DROPOUT: tl.constexpr):
+    """Probabilities [rows, keys] after dropout, if there is any."""
+    if DROPOUT:
+        return p * dropout_factors(seed, row_numbers[:, None], keys[None, :], threshold, factor)
+    return p
+
+
+@triton.jit
 def sequence_bounds(
     batch, cu_seqlens, query_lengths, key_lengths, query_len, key_len,
     PACKED: tl.constexpr, HAS_QUERY_LENGTHS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr,
@@ -118,6 +128,22 @@ def dropout_row_numbers(batch, head, heads, first_token, rows, query_len, PACKED
 
 
 @triton.jit
+def program_place(order, tiles, first_tile, first_group, heads, groups, ORDERED: tl.constexpr):
+    """Which sequence, head and row group a program computes. Programs of a sequence follow each other: it has `tiles`.
+
+    ORDERED: as the entries of `order` from `first_tile` on say; otherwise head by head, from `first_group` on.
+    """
+    program = tl.program_id(0)
+    batch = (program // tiles).to(tl.int64)
+    tile = program % tiles
+    if ORDERED:
+        list_index = tl.load(order + first_tile + tile)
+        return batch, (list_index // groups).to(tl.int64), list_index % groups
+    head_tiles = tiles // heads
+    return batch, (tile // head_tiles).to(tl.int64), first_group + tile % head_tiles
+
+
+@triton.jit
 def rows_of_group(group, query_offset, rows_end, rows_stored, ROWS: tl.constexpr):
     """A group's rows of the mask and of the sequence, which of these are real, and which are stored. -> each [ROWS]"""
     mask_rows = group * ROWS + tl.arange(0, ROWS)
@@ -126,8 +152,10 @@ def rows_of_group(group, query_offset, rows_end, rows_stored, ROWS: tl.constexpr
 
 
 @triton.jit
-def list_of_group(stops, head, groups, group, blocks, end, not_empty, STOP_KEYS: tl.constexpr):
-    """First entry and end of a group's list, up to position `end` rounded up to the next stop."""
-    stops += (head * groups + group) * (blocks + 1)
+def list_of_group(
+    stops, head, groups, group, part, blocks, end, not_empty, PARTS: tl.constexpr, STOP_KEYS: tl.constexpr
+):
+    """First entry and end of a part of a group's list, up to position `end` rounded up to the next stop."""
+    stops += ((head * groups + group) * PARTS + part) * (blocks + 1)
     last_stop = tl.where(not_empty, (end + STOP_KEYS - 1) // STOP_KEYS, 0)
     return tl.load(stops), tl.load(stops + last_stop)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -76,7 +78,7 @@ def sparse_attention(
     )  # fmt: skip
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     chosen = choose_backend(call, training, backend)
-    tensors, sizes = chosen.layout_arguments(layout, query.shape[-1], query.dtype, training)
+    tensors, sizes = _layout_arguments(chosen, layout, query.shape[-1], query.dtype, call.table is not None, training)
     need_lse = return_lse or (training and chosen.BACKWARD_USES_LSE)
     output, lse = run(replace(call, layout=tensors, layout_sizes=sizes, need_lse=need_lse), chosen.NAME)
     return (output, lse) if return_lse else output
@@ -110,20 +112,39 @@ def attention_probabilities(
         query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, None, None,
         causal, query_offset, dropout,
     )  # fmt: skip
-    tensors, sizes = reference.layout_arguments(layout, query.shape[-1], query.dtype, training=False)
+    tensors, sizes = _layout_arguments(reference, layout, query.shape[-1], query.dtype, call.table is not None, False)
     attended = reference.attend(replace(call, layout=tensors, layout_sizes=sizes), reference.padded_row_numbers(query))
     return attended.output, attended.used.to(query.dtype)
 
 
-def prepare(layout: SparseLayout, head_dim: int, dtype: torch.dtype, backend: str = "auto") -> None:
+def prepare(
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, backend: str = "auto", rounded: bool | None = None
+) -> None:
     """Compiles what `backend` needs of `layout` ahead of the first call, for example before tracing it.
 
-    Raises ValueError for an unknown backend.
+    Args:
+        layout: on the device where it will be used.
+        head_dim, dtype: of query, key and value.
+        backend: as for `sparse_attention`.
+        rounded: whether calls will have bits; None prepares for both.
+
+    Raises:
+        ValueError: an unknown backend, or a head_dim that it cannot compute.
     """
     _check_backend(backend)
     first_choice = _automatic(layout.device)[0] if backend == "auto" else BACKENDS[backend]
-    for training in (False, True):
-        first_choice.layout_arguments(layout, head_dim, dtype, training)
+    for with_bits in (False, True) if rounded is None else (rounded,):
+        for training in (False, True):
+            _layout_arguments(first_choice, layout, head_dim, dtype, with_bits, training)
+
+
+def _layout_arguments(
+    backend: ModuleType, layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    kind = (backend.NAME, head_dim, dtype, rounded, training)
+    if kind not in layout.arguments:
+        layout.arguments[kind] = backend.layout_arguments(layout, head_dim, dtype, rounded, training)
+    return layout.arguments[kind]
 
 
 def _checked_call(
@@ -177,9 +198,24 @@ def choose_backend(call: AttentionCall, training: bool, backend: str) -> ModuleT
     for candidate in candidates:
         refusals[candidate.NAME] = candidate.unsupported(call, training)
         if not refusals[candidate.NAME]:
+            if len(refusals) > 1 and not torch.compiler.is_compiling():
+                refusals.pop(candidate.NAME)
+                _warn_slower(candidate.NAME, _listed(refusals))
             return candidate
-    reasons = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items())
+    reasons = _listed(refusals)
     raise RuntimeError(f"cannot compute attention for {describe(call)} with backend {backend!r}. {reasons}")
+
+
+def _listed(refusals: dict[str, list[str]]) -> str:
+    return "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items())
+
+
+@cache
+def _warn_slower(backend: str, reasons: str) -> None:
+    warnings.warn(
+        f"the backend {backend!r} computes attention, slower than another could on this device, because of: {reasons}",
+        stacklevel=4,
+    )
 
 
 def describe(call: AttentionCall) -> str:

@@ -15,6 +15,7 @@ import torch
 ROWS = (16, 32, 64, 128)  # sizes of a row group; 16 is canonical, the others are unions of it
 BITS_PER_WORD = 32
 STOP_KEYS = 32  # keys between two entries of ColumnLists.stops
+_WEIGHT_CLASSES = 8  # lists whose lengths differ by less than an eighth of the longest keep their order
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,43 @@ class ColumnLists:
 
     Attributes:
         rows: queries in a group.
-        stops: int32 [heads * groups, key_blocks + 1]; entry b of list h * groups + g is the index of the list's first
-            column from 32 * b on. The first stop is where the list starts, the last one where it ends.
-        columns: int32 [entries], kept keys, sorted within a list.
+        stops: int32 [heads * groups, parts, key_blocks + 1]; entry b of a part of list h * groups + g is the index of
+            its first column from 32 * b on. The first stop is where the part starts, the last one where it ends.
+        columns: int32 [entries], kept keys, sorted within a part.
         row_bits: int32 [entries, words]; bit r % 32 of word r // 32 says whether row r of the group keeps the key.
-        full: every bit is set, so a kernel needs no bit test. Rows past the end of the mask count as set.
+        order: int32; see `order_of`.
+        full: every bit of the first part is set, so a kernel needs no bit test there. Rows past the end of the mask
+            count as set. A second part, if there is one, holds the columns that some rows prune.
     """
 
     rows: int
     stops: torch.Tensor
     columns: torch.Tensor
     row_bits: torch.Tensor
+    order: torch.Tensor
     full: bool
 
+    @property
+    def parts(self) -> int:
+        return self.stops.shape[1]
+
     def to(self, device: torch.device) -> ColumnLists:
-        moved = (tensor.to(device) for tensor in (self.stops, self.columns, self.row_bits))
+        moved = (tensor.to(device) for tensor in (self.stops, self.columns, self.row_bits, self.order))
         return ColumnLists(self.rows, *moved, self.full)
+
+
+def order_of(heads: int, groups: int, wanted: int) -> tuple[int, int]:
+    """Where `ColumnLists.order` says how to start the first `wanted` of a mask's `groups` groups of every head.
+
+    Short inputs do not reach all groups, so there is an order for the first 1, 2, 4, ... groups of every head and one
+    for all of them, one after the other. Each numbers lists (head * groups + group), longest first, so that no long
+    list starts last and runs alone; lists of similar length stay together by head, whose keys they share.
+
+    Returns:
+        (start, count): of the shortest order that holds the wanted groups.
+    """
+    doublings = max(wanted - 1, 0).bit_length()
+    return heads * ((1 << doublings) - 1), heads * min(1 << doublings, groups)
 
 
 class SparseLayout:
@@ -46,6 +68,10 @@ class SparseLayout:
 
     Args:
         keep: bool [heads, query_len, key_len], true = kept, on the device where the layout shall live.
+
+    Attributes:
+        heads, query_len, key_len, device: of the mask.
+        arguments: what backends wanted of this layout so far, by backend and kind of call.
     """
 
     def __init__(self, keep: torch.Tensor):
@@ -59,7 +85,9 @@ class SparseLayout:
         self._source = keep
         self._keep: torch.Tensor | None = keep
         self._bias: torch.Tensor | None = None
-        self._lists: dict[tuple[int, bool], ColumnLists] = {}
+        self._lists: dict[tuple[int, bool, bool], ColumnLists] = {}
+        self._work: dict[int, float] = {}
+        self.arguments: dict[tuple, tuple[list[torch.Tensor], tuple[int, ...]]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -70,18 +98,19 @@ class SparseLayout:
     def __deepcopy__(self, memo: dict) -> SparseLayout:
         return self  # read-only: copies of a patched model share it
 
-    def lists(self, rows: int = 16, transposed: bool = False) -> ColumnLists:
+    def lists(self, rows: int = 16, transposed: bool = False, split: bool = False) -> ColumnLists:
         """The column lists for groups of `rows` queries (16, 32, 64 or 128).
 
         The transposed ones, which the backward pass walks, are for groups of keys: their columns are the queries that
-        keep any key of the group.
+        keep any key of the group. Split ones have the columns that all rows keep in a part of their own, where the
+        mask has such columns and others.
         """
-        if (rows, transposed) not in self._lists:
+        if (rows, transposed, split) not in self._lists:
             if rows not in ROWS:
                 raise ValueError(f"row groups of {rows} are not supported; choose one of {ROWS}")
             keep = self._source.transpose(1, 2) if transposed else self._source
-            self._lists[rows, transposed] = _compile(keep, rows).to(self.device)
-        return self._lists[rows, transposed]
+            self._lists[rows, transposed, split] = _compile(keep, rows, split).to(self.device)
+        return self._lists[rows, transposed, split]
 
     def keep(self) -> torch.Tensor:
         """The mask itself: bool [heads, query_len, key_len], true = kept."""
@@ -98,8 +127,10 @@ class SparseLayout:
 
     def work(self, rows: int = 16) -> float:
         """Share of the dense work that a kernel with groups of `rows` queries does."""
-        lists = self.lists(rows)
-        return lists.columns.numel() / (lists.stops.shape[0] * self.key_len)
+        if rows not in self._work:
+            entries = sum(int(_group_counts(head, rows).count_nonzero()) for head in self._source)
+            self._work[rows] = entries / (self.heads * -(-self.query_len // rows) * self.key_len)
+        return self._work[rows]
 
     def to(self, device: torch.device | str) -> SparseLayout:
         """The same layout on another device. Lists move along; the dense forms are made there when asked for."""
@@ -113,33 +144,63 @@ class SparseLayout:
         return moved
 
 
-def _compile(keep: torch.Tensor, rows: int) -> ColumnLists:
+def _group_counts(keep: torch.Tensor, rows: int) -> torch.Tensor:
+    """How many rows of each group keep a key: [query_len, key_len] -> int64 [groups, key_len]."""
+    groups = -(-keep.shape[0] // rows)
+    padded = torch.nn.functional.pad(keep, (0, 0, 0, groups * rows - keep.shape[0]))
+    return padded.view(groups, rows, -1).sum(1)
+
+
+def _compile(keep: torch.Tensor, rows: int, split: bool) -> ColumnLists:
     heads, query_len, key_len = keep.shape
     groups = -(-query_len // rows)
     words = -(-rows // BITS_PER_WORD)
     blocks = -(-key_len // STOP_KEYS)
-    real_rows = torch.full((groups,), rows, device=keep.device)
+    real_rows = torch.full((groups, 1), rows, device=keep.device)
     real_rows[-1] = query_len - (groups - 1) * rows
     bit_weights = (1 << torch.arange(min(rows, BITS_PER_WORD), device=keep.device)).view(1, -1, 1)
-    counts, columns, row_bits, full = [], [], [], True
-    for head in range(heads):  # head by head: the mask of a long sequence is large
-        padded = torch.nn.functional.pad(keep[head], (0, 0, 0, groups * rows - query_len))
-        kept_rows = padded.view(groups, rows, key_len).sum(1)
-        group, column = kept_rows.nonzero(as_tuple=True)  # sorted by group, then by key
+    head_entries, any_full, any_partial = [], False, False
+    for head in keep:  # head by head: the mask of a long sequence is large
+        counts = _group_counts(head, rows)
+        group, column = counts.nonzero(as_tuple=True)  # sorted by group, then by key
+        padded = torch.nn.functional.pad(head, (0, 0, 0, groups * rows - query_len))
         packed = (padded.view(groups * words, -1, key_len) * bit_weights).sum(1).view(groups, words, key_len)
-        full = full and bool((kept_rows[group, column] == real_rows[group]).all())
-        counts.append(torch.bincount(group * blocks + column // STOP_KEYS, minlength=groups * blocks))
-        columns.append(column.to(torch.int32))
-        row_bits.append(_as_int32(packed[group, :, column]))
+        partial = (counts < real_rows)[group, column]
+        any_full, any_partial = any_full or not bool(partial.all()), any_partial or bool(partial.any())
+        head_entries.append((group, column.to(torch.int32), _as_int32(packed[group, :, column]), partial))
+    parts = 2 if split and any_full and any_partial else 1
+    counts, columns, row_bits = [], [], []
+    for group, column, bits, partial in head_entries:
+        part = group * parts + (partial if parts == 2 else 0)
+        by_part = part.argsort(stable=True)
+        counts.append(torch.bincount(part * blocks + column // STOP_KEYS, minlength=groups * parts * blocks))
+        columns.append(column[by_part])
+        row_bits.append(bits[by_part])
     ends = torch.cat(counts).cumsum(0)
-    if int(ends[-1]) > torch.iinfo(torch.int32).max:
+    if int(ends[-1]) * words > torch.iinfo(torch.int32).max:
         raise ValueError(
-            f"the mask compiles to {int(ends[-1])} list entries for groups of {rows} queries, more than an int32 can "
-            "number; prune more positions or use fewer heads"
+            f"the mask compiles to {int(ends[-1])} list entries of {words} words for groups of {rows} queries, more "
+            "than an int32 can number; prune more positions or use fewer heads"
         )
-    starts = torch.nn.functional.pad(ends, (1, 0))[:-1].view(-1, blocks)
-    stops = torch.cat((starts, ends.view(-1, blocks)[:, -1:]), dim=1)
-    return ColumnLists(rows, stops.to(torch.int32), torch.cat(columns), torch.cat(row_bits), full)
+    starts = torch.nn.functional.pad(ends, (1, 0))[:-1].view(-1, parts, blocks)
+    stops = torch.cat((starts, ends.view(-1, parts, blocks)[:, :, -1:]), dim=2)
+    lengths = torch.cat(counts).view(heads, groups, -1).sum(2)
+    return ColumnLists(
+        rows, stops.to(torch.int32), torch.cat(columns), torch.cat(row_bits), _orders(lengths),
+        full=parts == 2 or not any_partial,
+    )  # fmt: skip
+
+
+def _orders(lengths: torch.Tensor) -> torch.Tensor:
+    """What `order_of` describes, for the lengths of lists [heads, groups]. -> int32, on the same device"""
+    heads, groups = lengths.shape
+    lists = torch.arange(heads * groups, device=lengths.device).view(heads, groups)
+    weight = -(-lengths * _WEIGHT_CLASSES // lengths.max().clamp(min=1))
+    orders = []
+    for doublings in range((groups - 1).bit_length() + 1):
+        own = weight[:, : 1 << doublings].flatten().argsort(descending=True, stable=True)
+        orders.append(lists[:, : 1 << doublings].flatten()[own])
+    return torch.cat(orders).to(torch.int32)
 
 
 def _as_int32(words: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_attn import GlobalMask, QuantizationTable, SparseLayout
+from sparse_attn import GlobalMask, QuantizationTable, SparseLayout, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from sparse_attn.quantization import as_table
 
@@ -64,6 +64,14 @@ def assert_within_budget(
     assert torch.isfinite(result).all(), "the result is not finite"
     error = (result.double() - output).abs()
     assert (error <= allowed).all(), f"error {error.max().item():.3e}, allowed {allowed.max().item():.3e}"
+
+
+def gradients(tensors, layout, grad_output, backend, **arguments) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value; with dropout, always the same one."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    torch.manual_seed(3)
+    output = sparse_attention(*leaves, layout, backend=backend, **arguments)
+    return torch.autograd.grad(output, leaves, grad_output)
 
 
 def _edge_gaps(softmax: Tensor, table: QuantizationTable, tolerance: float = 1e-3) -> Tensor:

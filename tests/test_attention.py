@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparse_attn import GlobalMask, QuantizationTable, log_table, quantize, sparse_attention
+from sparse_attn import GlobalMask, QuantizationTable, attention, log_table, quantize, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from tests.helpers import assert_within_budget, backends, random_inputs, random_layout
 
@@ -296,5 +296,17 @@ def test_auto_takes_what_a_named_backend_refuses():
     layout = random_layout(2, 16, 0.5, "cpu")
     with pytest.raises(RuntimeError, match="head_dim 300 is larger than 256"):
         sparse_attention(*exact, layout, backend="triton")
-    result = sparse_attention(*exact, layout)
+    attention._warn_slower.cache_clear()
+    with pytest.warns(UserWarning, match=r"'reference' computes attention, .* because of: torch: float64") as warned:
+        result = sparse_attention(*exact, layout)
+        sparse_attention(*exact, layout)
+    assert len(warned) == 1
     assert torch.equal(result, sparse_attention(*exact, layout, backend="reference"))
+
+
+def test_heads_beyond_32_bit_offsets_are_refused():
+    near = torch.empty(1, 2, 5, 32, dtype=torch.float16, device="meta")
+    far = torch.empty_strided((1, 2, 5, 32), (0, 0, 2**29, 1), dtype=torch.float16, device="meta")
+    layout = random_layout(2, 5, 0.0, "cpu").to("meta")
+    with pytest.raises(RuntimeError, match="one head of the value spans 2147483679 elements"):
+        sparse_attention(near, near, far, layout, backend="triton")

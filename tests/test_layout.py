@@ -6,33 +6,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attn import GlobalMask, SparseLayout
-from sparse_attn.layout import ROWS, STOP_KEYS
+from sparse_attn.layout import ROWS, STOP_KEYS, order_of
 
 
-def rebuilt(layout: SparseLayout, rows: int) -> torch.Tensor:
-    """The mask as the lists tell it, entry by entry."""
-    lists = layout.lists(rows)
+def rebuilt(layout: SparseLayout, rows: int, split: bool) -> torch.Tensor:
+    """The mask as the lists tell it, entry by entry; bits of a full first part are not looked at."""
+    lists = layout.lists(rows, split=split)
     keep = torch.zeros(layout.heads, layout.query_len, layout.key_len, dtype=torch.bool)
     groups = lists.stops.shape[0] // layout.heads
-    for index, stops in enumerate(lists.stops.tolist()):
+    for index, parts in enumerate(lists.stops.tolist()):
         head, group = divmod(index, groups)
-        for entry in range(stops[0], stops[-1]):
-            for row in range(min(rows, layout.query_len - group * rows)):
-                word = int(lists.row_bits[entry, row // 32])
-                if word >> (row % 32) & 1:
-                    keep[head, group * rows + row, int(lists.columns[entry])] = True
+        for part, stops in enumerate(parts):
+            for entry in range(stops[0], stops[-1]):
+                for row in range(min(rows, layout.query_len - group * rows)):
+                    word = int(lists.row_bits[entry, row // 32])
+                    if (lists.full and part == 0) or word >> (row % 32) & 1:
+                        keep[head, group * rows + row, int(lists.columns[entry])] = True
     return keep
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 16, 33), (3, 70, 40), (1, 129, 200)])
-def test_lists_rebuild_the_mask(rows, shape):
+def test_lists_rebuild_the_mask(rows, shape, split):
     for density in (0.0, 0.1, 0.6, 1.0):
         keep = torch.rand(shape) < density
+        keep[:, :, :: shape[2] // 3 + 1] = True
         layout = SparseLayout(keep)
-        assert torch.equal(rebuilt(layout, rows), keep)
-        lists = layout.lists(rows)
-        assert lists.full == bool((keep.any(-1).any() == 0) or _full(keep, rows))
+        assert torch.equal(rebuilt(layout, rows, split), keep)
+        lists = layout.lists(rows, split=split)
+        assert lists.parts == (2 if split and not _full(keep, rows) else 1)
+        assert lists.full == (lists.parts == 2 or _full(keep, rows))
+    nothing = SparseLayout(torch.zeros(shape, dtype=torch.bool))
+    assert nothing.lists(rows, split=split).full and nothing.lists(rows, split=split).columns.numel() == 0
 
 
 def _full(keep: torch.Tensor, rows: int) -> bool:
@@ -41,13 +47,40 @@ def _full(keep: torch.Tensor, rows: int) -> bool:
     return all(bool((group.any(1) == group.all(1)).all()) for group in groups)
 
 
+def test_split_parts_hold_what_all_rows_keep_and_the_rest():
+    keep = torch.rand(2, 40, 90) < 0.3
+    keep[:, :, 7::20] = True
+    lists = SparseLayout(keep).lists(16, split=True)
+    for index, (full, partial) in enumerate(lists.stops.tolist()):
+        head, group = divmod(index, 3)
+        rows = keep[head, group * 16 : group * 16 + 16]
+        assert lists.columns[full[0] : full[-1]].tolist() == rows.all(0).nonzero()[:, 0].tolist()
+        assert lists.columns[partial[0] : partial[-1]].tolist() == (rows.any(0) & ~rows.all(0)).nonzero()[:, 0].tolist()
+        assert partial[0] == full[-1]
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (2, 3), (3, 8), (2, 13)])
+def test_orders_start_the_longest_lists_first(heads, groups):
+    density = torch.rand(heads, groups * 16, 1)
+    lists = SparseLayout(torch.rand(heads, groups * 16, 100) < density).lists(16)
+    lengths = (lists.stops[:, 0, -1] - lists.stops[:, 0, 0]).tolist()
+    eighth = -(-max(lengths) // 8)
+    for wanted in range(1, groups + 1):
+        start, count = order_of(heads, groups, wanted)
+        order = lists.order[start : start + count].tolist()
+        assert len(set(order)) == count and max(index % groups for index in order) < 2 * wanted
+        assert {head * groups + group for head in range(heads) for group in range(wanted)} <= set(order)
+        assert all(lengths[later] <= lengths[earlier] + eighth for earlier, later in zip(order[:-1], order[1:]))
+    assert start + count == lists.order.numel()
+
+
 @given(seed=st.integers(0, 1000), length=st.integers(1, 150), rows=st.sampled_from(ROWS))
 @settings(deadline=None, max_examples=40)
 def test_stops_say_where_a_shorter_sequence_ends(seed, length, rows):
     keep = torch.rand(2, 40, 150, generator=torch.Generator().manual_seed(seed)) < 0.2
     lists = SparseLayout(keep).lists(rows)
     block = -(-length // STOP_KEYS)
-    for stops in lists.stops.tolist():
+    for (stops,) in lists.stops.tolist():
         columns = lists.columns[stops[0] : stops[-1]].tolist()
         assert columns == sorted(set(columns))
         assert stops[block] - stops[0] == sum(column < block * STOP_KEYS for column in columns)
@@ -58,7 +91,7 @@ def test_transposed_lists_are_those_of_the_transposed_mask(rows):
     keep = torch.rand(2, 50, 70) < 0.3
     ours = SparseLayout(keep).lists(rows, transposed=True)
     theirs = SparseLayout(keep.transpose(1, 2)).lists(rows)
-    for name in ("stops", "columns", "row_bits"):
+    for name in ("stops", "columns", "row_bits", "order"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
 
 

@@ -6,7 +6,7 @@ import torch
 from sparse_attn import GlobalMask, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from sparse_attn.ops import AttentionCall
-from tests.helpers import DEVICE, backends, random_inputs, random_layout
+from tests.helpers import DEVICE, backends, gradients, random_inputs, random_layout
 
 
 def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
@@ -14,9 +14,9 @@ def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
     captured = []
     from sparse_attn import attention
 
-    layout = random_layout(2, 12, 0.4, "cpu")
+    layout = random_layout(2, 12, 0.4, DEVICE)
     shape = (12, 2, 16) if packed else (2, 2, 12, 16)
-    tensors = [t.requires_grad_() for t in random_inputs(shape, dtype, "cpu")]
+    tensors = [t.requires_grad_() for t in random_inputs(shape, dtype, DEVICE)]
     original = attention.run
 
     def spy(call: AttentionCall, name: str):
@@ -25,7 +25,7 @@ def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
 
     attention.run = spy
     try:
-        arguments = dict(cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32)) if packed else {}
+        arguments = dict(cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)) if packed else {}
         sparse_attention(*tensors, layout, bits=bits, backend=backend, **arguments)
     finally:
         attention.run = original
@@ -37,7 +37,7 @@ def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(backend, packed):
     dtype = torch.float64 if backend == "reference" else torch.float32
@@ -60,13 +60,6 @@ def test_gradcheck_packed():
     torch.autograd.gradcheck(
         lambda *t: sparse_attention(*t, layout, cu_seqlens=cu_seqlens, backend="reference"), tensors
     )
-
-
-def gradients(tensors, layout, grad_output, backend, **arguments):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    torch.manual_seed(3)
-    output = sparse_attention(*leaves, layout, backend=backend, **arguments)
-    return torch.autograd.grad(output, leaves, grad_output)
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
@@ -120,6 +113,19 @@ def test_gradients_at_odd_lengths_are_complete_and_repeatable(backend, device, l
         assert torch.equal(own, same)
         torch.testing.assert_close(own, true, atol=2e-5, rtol=1e-4)
         assert (own[1, :, length // 2 :] == 0).all()
+
+
+def test_training_needs_no_memory_for_pairs_of_positions():
+    """The kernels allocate outputs, gradients and two numbers a row; nothing that grows with length squared."""
+    length, activity = 512, torch.profiler.ProfilerActivity
+    layout = random_layout(1, length, 0.99, DEVICE)
+    tensors = random_inputs((1, 1, length, 16), torch.float32, DEVICE)
+    gradients(tensors, layout, tensors[0], "triton")
+    with torch.profiler.profile(activities=[activity.CPU], profile_memory=True) as profile:
+        gradients(tensors, layout, tensors[0], "triton", bits=3, dropout=0.1)
+    largest = max(max(event.cpu_memory_usage, event.device_memory_usage) for event in profile.events())
+    one_tensor = tensors[0].numel() * 4
+    assert one_tensor <= largest <= 5 * one_tensor < length**2
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))

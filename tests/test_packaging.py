@@ -91,9 +91,9 @@ def test_wheel_contents(wheel):
     assert {path.name for path in folder.iterdir()} == {"sparse_attn", f"sparse_attn-{__version__}.dist-info"}
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "sparse_attn").rglob("*.py")}
-    tables = sorted((ROOT / "kernels").glob("*.json"))
-    expected |= {f"sparse_attn/kernels/{path.name}" for path in [*KERNELS, *tables]}
-    assert KERNELS and expected <= files
+    tables = sorted((ROOT / "kernels" / "tuning").glob("*.json"))
+    expected |= {f"sparse_attn/{path.relative_to(ROOT)}" for path in [*KERNELS, *tables]}
+    assert KERNELS and tables and expected <= files
     assert "sparse_attn/_C.abi3.so" in files
     assert not {file for file in files if "test" in file or "benchmark" in file}
     metadata = folder / f"sparse_attn-{__version__}.dist-info"

@@ -35,7 +35,7 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     return [layout.keep()], ()
 

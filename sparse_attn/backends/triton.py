@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import astuple
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..kernels.configuration import MAX_HEAD_DIM, KernelConfig, config
+from ..kernels.configuration import KERNELS, MAX_HEAD_DIM, KernelConfig, Problem, choose
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
 from ..quantization import QuantizationTable, log_table
@@ -72,15 +73,26 @@ def interpreting() -> bool:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The lists of the forward kernel; in training also those of the two backward kernels."""
-    wanted = [("forward", False)]
-    if training:
-        wanted += [("grad_query", False), ("grad_key_value", True)]
-    all_lists = [layout.lists(config(kernel, head_dim, dtype.itemsize).rows, side) for kernel, side in wanted]
-    tensors = [tensor for lists in all_lists for tensor in (lists.stops, lists.columns, lists.row_bits)]
-    return tensors, tuple(int(lists.full) for lists in all_lists)
+    """Lists and configuration of the forward kernel; in training also those of the two backward kernels."""
+    spread = layout.work(64) / layout.work(16) if layout.work(16) else 1.0
+    configs = [
+        choose(Problem(kernel, rounded and kernel == "forward", head_dim, dtype.itemsize, layout.key_len, spread),
+               layout.device)
+        for kernel in (KERNELS if training else KERNELS[:1])
+    ]  # fmt: skip
+    return configured_arguments(layout, configs)
+
+
+def configured_arguments(layout: SparseLayout, configs: list[KernelConfig]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """What `layout_arguments` returns, for configurations of the kernels in the order of KERNELS."""
+    tensors, sizes = [], []
+    for kernel, config in zip(KERNELS, configs, strict=False):
+        lists = layout.lists(config.rows, transposed=kernel == "grad_key_value", split=config.split)
+        tensors += [lists.stops, lists.columns, lists.row_bits, lists.order]
+        sizes += [int(lists.full), *map(int, astuple(config))]
+    return tensors, tuple(sizes)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -89,7 +101,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output = empty_output(call.query, call.packed)
     lse_size = lse_shape(call.query, call.packed) if call.need_lse else (0,)
     lse = torch.empty(lse_size, dtype=torch.float32, device=call.query.device)
-    launch.forward(call, output, lse, _lists(call, 0), _config(call, "forward"), _rounding(call))
+    launch.forward(call, output, lse, *_kernel_arguments(call, "forward"), _rounding(call))
     return output, lse
 
 
@@ -99,22 +111,22 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
     gradients = tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (call.query, call.key, call.value)
     )
+    lists, query_config = _kernel_arguments(call, "grad_query")
+    transposed, key_config = _kernel_arguments(call, "grad_key_value")
     launch.backward(
-        call, output, lse, grad_output, gradients, _lists(call, 1), _lists(call, 2),
-        _config(call, "grad_query"), _config(call, "grad_key_value"), _rounding(call),
-    )  # fmt: skip
+        call, output, lse, grad_output, gradients, lists, transposed, query_config, key_config, _rounding(call)
+    )
     return gradients
 
 
-def _config(call: AttentionCall, kernel: str) -> KernelConfig:
-    return config(kernel, call.query.shape[-1], call.query.dtype.itemsize)
-
-
-def _lists(call: AttentionCall, index: int) -> Lists:
-    """The lists that `layout_arguments` put at place `index`."""
+def _kernel_arguments(call: AttentionCall, kernel: str) -> tuple[Lists, KernelConfig]:
+    """The lists and the configuration that `layout_arguments` chose for a kernel."""
     from ..kernels.launch import Lists
 
-    return Lists(*call.layout[3 * index : 3 * index + 3], full=bool(call.layout_sizes[index]))
+    place = KERNELS.index(kernel)
+    full, rows, columns, num_warps, num_stages, held, split = call.layout_sizes[7 * place : 7 * place + 7]
+    lists = Lists(*call.layout[4 * place : 4 * place + 4], full=bool(full))
+    return lists, KernelConfig(rows, columns, num_warps, num_stages, held, bool(split))
 
 
 def _rounding(call: AttentionCall) -> Rounding | None:

@@ -132,7 +132,7 @@ class SparseAttentionState(nn.Module):
         """Compiles what the backend needs for a weight's device and dtype now, not inside a traced forward pass."""
         self.layout, self.dtype = self.mask.layout(self.layer, weight.device), weight.dtype
         if weight.device.type != "meta":
-            prepare(self.layout, self.head_dim, weight.dtype, self.backend)
+            prepare(self.layout, self.head_dim, weight.dtype, self.backend, rounded=self.table is not None)
 
     def _apply(self, function, recurse=True):
         self.follow(function(torch.empty(0, device=self.layout.device, dtype=self.dtype)))

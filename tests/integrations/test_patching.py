@@ -228,6 +228,36 @@ def test_compiles_as_one_graph_for_any_length(model, backend):
     torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("mode", ["graph", "reduce-overhead"])
+def test_captured_in_a_cuda_graph(model, mode):
+    """A captured pass computes new inputs of the same shape: nothing of it looks at values on the host."""
+    patch_bert(model.half(), MASK, bits=3)
+    inputs = device_inputs()
+    if mode == "reduce-overhead":
+        torch._dynamo.reset()
+        replay = torch.compile(model, fullgraph=True, mode=mode)
+        for _ in range(3):
+            run(replay, inputs)
+    else:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run(model, inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(model, inputs)
+
+        def replay(**_):
+            graph.replay()
+            return captured
+
+    for lengths in ((20, 7, 3), (20, 20, 19)):
+        for name, value in device_inputs(lengths).items():
+            inputs[name].copy_(value)
+        close(run(replay, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs, atol=1e-2)
+
+
 def test_follows_the_model(model, tmp_path):
     """Deep copies, dtype changes, saving and loading, meta devices."""
     inputs = device_inputs()

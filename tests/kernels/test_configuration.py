@@ -1,0 +1,162 @@
+"""Every way to cut a kernel computes the same; tables choose the nearest."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from sparse_attn import SparseLayout, sparse_attention
+from sparse_attn.kernels import configuration
+from sparse_attn.kernels.configuration import KERNELS, KernelConfig, Problem, TuningTable
+from tests.helpers import DEVICE, assert_within_budget, gradients, random_inputs
+
+DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+CONFIGS = [
+    KernelConfig(rows=16, columns=16, num_warps=4, num_stages=1),
+    KernelConfig(rows=32, columns=32, num_warps=4, num_stages=2, held=64),
+    KernelConfig(rows=64, columns=16, num_warps=4, num_stages=2, held=16),
+    KernelConfig(rows=32, columns=32, num_warps=4, num_stages=2, split=True),
+    KernelConfig(rows=16, columns=16, num_warps=4, num_stages=2, held=128, split=True),
+    KernelConfig(rows=128, columns=32, num_warps=8, num_stages=1, held=128),
+]
+
+
+@pytest.fixture
+def use_config(monkeypatch):
+    """A function that makes every kernel run with one configuration."""
+    monkeypatch.setattr(configuration, "_used", {})
+
+    def use(config: KernelConfig) -> None:
+        entries = [
+            (Problem(kernel, rounded, 256, size, 64, 2.0), config)
+            for kernel in KERNELS
+            for rounded in (False, True)
+            for size in (2, 4)
+        ]
+        configuration.use_table(TuningTable(DEVICE_NAME, tuple(entries)))
+
+    return use
+
+
+def striped_layout(length: int) -> SparseLayout:
+    """A random mask with keys that every query keeps, and a head that is as full as a tile mask."""
+    keep = torch.rand(3, length, length) < 0.2
+    keep[:, :, 5::9] = True
+    keep[2] = keep[2, 0]
+    return SparseLayout(keep.to(DEVICE))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, vars(config).values())))
+def test_every_configuration_computes_the_same(config, use_config, poisoned):
+    use_config(config)
+    length = 90
+    layout, rows_alike = (
+        striped_layout(length),
+        SparseLayout(torch.ones(3, length, length, dtype=torch.bool).to(DEVICE)),
+    )
+    lengths = torch.tensor([length, 37], device=DEVICE)
+    tensors = random_inputs((2, 3, length, 32), torch.float32, DEVICE)
+    for used in (layout, rows_alike):
+        for arguments in (
+            {},
+            dict(bits=3, key_lengths=lengths, query_lengths=lengths),
+            dict(causal=True, key_padding_mask=torch.rand(2, length, device=DEVICE) < 0.7),
+        ):
+            result = sparse_attention(*tensors, used, backend="triton", **arguments)
+            assert_within_budget(result, *tensors, used, **arguments)
+    tensors, sizes = layout.arguments["triton", 32, torch.float32, True, False]
+    assert len(tensors) == 4 and sizes[1:4] == (config.rows, config.columns, config.num_warps)
+    assert tensors[0].shape[1] == 1 + config.split
+
+
+@pytest.mark.parametrize("config", CONFIGS[2:5], ids=lambda config: "-".join(map(str, vars(config).values())))
+def test_gradients_with_every_kind_of_list(config, use_config, poisoned):
+    use_config(config)
+    layout, tensors = striped_layout(60), random_inputs((2, 3, 60, 32), torch.float32, DEVICE)
+    grad_output = torch.randn_like(tensors[0])
+    for arguments in (dict(bits=3, dropout=0.2), dict(key_lengths=torch.tensor([60, 17], device=DEVICE))):
+        ours = gradients(tensors, layout, grad_output, "triton", **arguments)
+        exact = gradients(tensors, layout, grad_output, "reference", **arguments)
+        for own, true in zip(ours, exact, strict=True):
+            torch.testing.assert_close(own, true, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:4:3], ids=["one part", "two parts"])
+def test_an_offset_far_from_the_first_group(config, use_config):
+    use_config(config)
+    layout = striped_layout(150)
+    query, key, value = random_inputs((2, 3, 150, 32), torch.float32, DEVICE)
+    for offset in (5, 64, 149):
+        rows = query[:, :, : 150 - offset]
+        arguments = dict(causal=True, query_offset=offset)
+        result = sparse_attention(rows, key, value, layout, backend="triton", **arguments)
+        assert_within_budget(result, rows, key, value, layout, **arguments)
+
+
+def test_the_nearest_problem_decides():
+    def problem(**changes):
+        usual = dict(kernel="forward", rounded=False, head_dim=64, element_bytes=2, key_len=384, spread=2.0)
+        return Problem(**{**usual, **changes})
+
+    configs = [KernelConfig(16, 16, 4, stages) for stages in range(1, 6)]
+    known = [problem(), problem(key_len=4096), problem(spread=1.1), problem(head_dim=128), problem(rounded=True)]
+    table = TuningTable("cpu", tuple(zip(known, configs)))
+    assert [table.nearest(one) for one in known] == configs
+    assert table.nearest(problem(key_len=512, head_dim=40)) == configs[0]
+    assert table.nearest(problem(key_len=16384, head_dim=33)) == configs[1]
+    assert table.nearest(problem(spread=1.0, key_len=512)) == configs[2]
+    assert table.nearest(problem(head_dim=65, spread=1.0)) == configs[3]
+    assert table.nearest(problem(head_dim=129)) is None
+    assert table.nearest(problem(element_bytes=4)) is None
+
+
+def test_the_default_table_serves_every_problem():
+    for kernel in KERNELS:
+        for rounded in (False, True) if kernel == "forward" else (False,):
+            for head_dim in (1, 33, 96, 256):
+                for size in (2, 4):
+                    config = configuration.choose(
+                        Problem(kernel, rounded, head_dim, size, 100, 1.5), torch.device("cpu")
+                    )
+                    assert config.rows in (16, 32, 64, 128)
+    with pytest.raises(ValueError, match="no configuration of forward for head_dim 257"):
+        configuration.choose(Problem("forward", False, 257, 2, 100, 1.5), torch.device("cpu"))
+
+
+def test_a_gpu_without_a_table_is_told_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 1")
+    monkeypatch.setattr(configuration, "_used", {})
+    configuration._warn_untuned.cache_clear()
+    problem = Problem("forward", False, 64, 2, 384, 2.0)
+    with pytest.warns(UserWarning, match="not been tuned for Some GPU 1"):
+        default = configuration.choose(problem, torch.device("cuda"))
+    other = KernelConfig(16, 64, 2, 5)
+    configuration.use_table(TuningTable("Some GPU 1", ((problem, other),)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert configuration.choose(problem, torch.device("cuda")) == other != default
+        fp32 = Problem("forward", False, 64, 4, 384, 2.0)  # not in the table: the default serves
+        assert configuration.choose(fp32, torch.device("cuda")) == configuration.shipped_table().nearest(fp32)
+
+
+def test_tables_are_read_and_refused(tmp_path):
+    problem, config = Problem("forward", True, 64, 2, 384, 2.1), KernelConfig(32, 64, 4, 3, held=256)
+    path = tmp_path / configuration.table_name("NVIDIA H200")
+    assert path.name == "nvidia-h200.json"
+    content = {"device": "NVIDIA H200", "entries": [configuration.entry(problem, config, p50_ms=1.0)]}
+    path.write_text(json.dumps(content))
+    assert configuration.read_table(path) == TuningTable("NVIDIA H200", ((problem, config),))
+    del content["entries"][0]["rows"]
+    for text in (json.dumps(content), "{", "[]", '{"entries": []}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="nvidia-h200.json is not a tuning table"):
+            configuration.read_table(path)
+
+
+def test_shipped_tables_are_whole():
+    for path in configuration.TABLES.glob("*.json"):
+        for problem, config in configuration.read_table(path).entries:
+            assert problem.kernel in KERNELS and 1.0 <= problem.spread <= 4.0, path.name
+            assert config.held & (config.held - 1) == 0 and config.rows in (16, 32, 64, 128), path.name
+            assert problem.kernel == "forward" or not (problem.rounded or config.held), path.name
