@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"benchmarks.squad: error: {message} (--help lists the options)\n")
+from .options import DTYPES, OneLineParser, at_least, can_hold_files, names
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; a bad one ends the program with one line on stderr and exit status 2."""
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="python -m benchmarks.squad",
         description="Measures dense and sparse attention on SQuAD: exact match, F1, time and memory. "
         "Without --model and --data it runs offline, on the packaged MiniLM and the project's own questions.",
@@ -29,7 +23,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options.cache = options.cache.expanduser()
     for name in ("output", "cache"):
         folder = getattr(options, name)
-        if not _can_hold_files(folder):
+        if not can_hold_files(folder):
             parser.error(f"argument --{name}: {folder} is not a folder that can be written to")
     return options
 
@@ -38,16 +32,16 @@ def _add_inputs(group) -> None:
     group.add_argument("--model", help="folder or hub name of a question-answering model")
     group.add_argument("--data", help="SQuAD v1.1 file, or hub name, to evaluate on")
     group.add_argument("--train-data", help="SQuAD v1.1 file, or hub name, for averages and --finetune")
-    group.add_argument("--limit", type=_at_least(1), help="evaluate on the first questions only")
+    group.add_argument("--limit", type=at_least(1), help="evaluate on the first questions only")
     group.add_argument(
         "--max-length",
-        type=_at_least(16),
+        type=at_least(16),
         default=384,
         help="tokens of a window, and mask side (default: %(default)s)",
     )
     group.add_argument(
         "--stride",
-        type=_at_least(0),
+        type=at_least(0),
         default=128,
         help="context tokens that windows share (default: %(default)s)",
     )
@@ -77,8 +71,8 @@ def _add_mask(group) -> None:
 
 
 def _add_measurement(group) -> None:
-    group.add_argument("--variants", type=_names, help="names of the rows to measure, by commas (default: all)")
-    group.add_argument("--batch-size", type=_at_least(1), default=32, help="windows (default: %(default)s)")
+    group.add_argument("--variants", type=names, help="names of the rows to measure, by commas (default: all)")
+    group.add_argument("--batch-size", type=at_least(1), default=32, help="windows (default: %(default)s)")
     group.add_argument(
         "--padding",
         choices=("longest", "max"),
@@ -89,7 +83,7 @@ def _add_measurement(group) -> None:
     group.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     group.add_argument(
         "--repeats",
-        type=_at_least(1),
+        type=at_least(1),
         default=3,
         help="timed passes after one to warm up (default: %(default)s)",
     )
@@ -113,27 +107,8 @@ def _add_training(group) -> None:
         action="store_true",
         help="train on --train-data, or on two thirds of the articles of --data: dense, then masked",
     )
-    group.add_argument("--epochs", type=_at_least(1), default=3, help="(default: %(default)s)")
-    group.add_argument("--seed", type=_at_least(0), default=0, help="of training (default: %(default)s)")
-
-
-def _can_hold_files(folder: Path) -> bool:
-    """Whether `folder` can be written to, or made."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-
-
-def _at_least(least: int):
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {least}")
-        return value
-
-    return number
+    group.add_argument("--epochs", type=at_least(1), default=3, help="(default: %(default)s)")
+    group.add_argument("--seed", type=at_least(0), default=0, help="of training (default: %(default)s)")
 
 
 def _sparsity(text: str) -> float:
@@ -152,7 +127,3 @@ def _bits(text: str) -> int | None:
     if text not in tuple("12345678"):
         raise argparse.ArgumentTypeError(f"{text!r} is outside 1 to 8; expected a width in bits, or none")
     return int(text)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]

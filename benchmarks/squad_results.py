@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .device import commit, describe_device, versions
+from .pages import complete_files
 from .squad_chart import draw
 from .squad_models import Models
 from .squad_setting import Setting
@@ -55,13 +53,7 @@ def summary(setting: Setting, models: Models, rows: list[dict[str, Any]]) -> dic
 
 def write_results(results: dict[str, Any], folder: Path) -> None:
     """Writes the three files; each is complete or not there at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
-    try:
+    with complete_files(folder) as unfinished:
         (unfinished / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (unfinished / "results.md").write_text(markdown(results), encoding="utf-8")
         draw(results, unfinished / "results.png")
-        for path in unfinished.iterdir():
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

@@ -17,6 +17,7 @@ from sparse_attn.squad.windows import Window, make_windows
 from sparse_attn.training import require_accelerate
 
 from .device import pick_device
+from .options import chosen
 from .squad_checkpoints import load_model, load_tokenizer, packaged_model
 from .squad_data import choose_questions, own_questions
 from .squad_variants import Variant, table_variants
@@ -145,13 +146,8 @@ def _require_packages(*names: str) -> None:
 
 def _chosen_variants(options: Namespace) -> list[Variant]:
     variants = table_variants(options.padding, options.dtype, options.bits)
-    if options.variants is None:
-        return variants
-    names = list(dict.fromkeys(variant.name for variant in variants))
-    unknown = [name for name in options.variants if name not in names]
-    if unknown or not options.variants:
-        raise ValueError(f"--variants {','.join(options.variants)}: expected names among {', '.join(names)}")
-    return [variant for variant in variants if variant.name in options.variants]
+    names = chosen("--variants", options.variants, list(dict.fromkeys(variant.name for variant in variants)))
+    return [variant for variant in variants if variant.name in names]
 
 
 def _check_positions(model: PreTrainedModel, max_length: int) -> None:

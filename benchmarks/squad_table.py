@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .pages import ABSENT, table_lines
+
 COLUMNS = (
     "variant",
     "sparsity",
@@ -36,7 +38,6 @@ PUBLISHED = (
         "peak_memory_bytes": 5.00e9,
     },
 )
-_ABSENT = "–"
 _TABLE_WIDTH = 120
 
 
@@ -50,7 +51,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     def text(field: str, form: str) -> str:
         value = row.get(field)
-        return _ABSENT if value is None else form.format(value)
+        return ABSENT if value is None else form.format(value)
 
     memory = row.get("peak_memory_bytes")
     return [
@@ -62,7 +63,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         text("f1", "{:.2f}"),
         text("seconds", "{:.2f}" if row["seconds"] >= 1 else "{:.3f}"),
         text("tokens_per_second", "{:,.0f}"),
-        _ABSENT if memory is None else f"{memory / 1e9:.2f} GB",
+        ABSENT if memory is None else f"{memory / 1e9:.2f} GB",
         text("speedup", "{:.2f}x"),
     ]
 
@@ -92,7 +93,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def published_lines() -> list[str]:
     """The published figures in Markdown."""
-    return [f"The {PUBLISHED_LABEL}:", "", *_markdown_table(with_speedups(PUBLISHED)), ""]
+    return [f"The {PUBLISHED_LABEL}:", "", *_lines(with_speedups(PUBLISHED)), ""]
 
 
 def measured_lines(results: dict[str, Any]) -> list[str]:
@@ -108,7 +109,7 @@ def measured_lines(results: dict[str, Any]) -> list[str]:
         f"- Averages from: {results['averages_from']}",
         *(f"- {note}" for note in _notes(results)),
         "",
-        *_markdown_table(results["rows"]),
+        *_lines(results["rows"]),
         "",
     ]
 
@@ -122,6 +123,5 @@ def _notes(results: dict[str, Any]) -> list[str]:
     return [f"Sparse rows: the dense rows' weights, trained for {more} with the mask applied."]
 
 
-def _markdown_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    alignment = ["---"] + ["---:"] * (len(COLUMNS) - 1)
-    return [f"| {' | '.join(line)} |" for line in (COLUMNS, alignment, *map(cells, rows))]
+def _lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return table_lines(COLUMNS, [cells(row) for row in rows])

@@ -1,14 +1,53 @@
 """The pages that show results show the committed ones."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.report import BEGIN, END, RESULTS, main, rendered, squad_section
+from benchmarks.attention_results import newest_results
+from benchmarks.attention_table import absence_lines, goal_lines, milliseconds, print_table
+from benchmarks.pages import between_markers, complete_files, rate
+from benchmarks.report import (
+    IMAGES,
+    NO_GPU,
+    RESULTS,
+    SECTIONS,
+    attention_section,
+    attention_summary,
+    draw_pictures,
+    main,
+    pictures,
+    squad_section,
+)
+from tests.benchmarks.attention_samples import make_results, make_row
+
+ROWS = (
+    make_row("triton", 0.02, mask="element", timing="stream"), make_row("triton", 0.021, mask="tile", bits=3),
+    make_row("triton", 0.016, mask="tile"), make_row("sdpa-flash", 0.05), make_row("flex", 0.08, mask="element"),
+    make_row("sdpa-flash", 0.15, direction="forward+backward"),
+)  # fmt: skip
+ABSENT = {"workload": "squad384", "pass": "forward", "variant": "flash-attn", "mask": "dense", "bits": None}
 
 
-def test_readme_shows_the_committed_results():
-    assert main(["--check"]) == 0, "README.md is out of date: run python -m benchmarks.report"
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of results with two of one device, one of them older, and one of another dtype."""
+    folder = tmp_path / "benchmarks" / "results"
+    (folder / "h200").mkdir(parents=True)
+    absent = [ABSENT | {"reason": "not installed"}]
+    older = make_results([make_row("triton", 99.0, mask="tile")], date="2026-01-01T00:00:00+00:00")
+    for name, results in (
+        ("attention-2.json", make_results(ROWS, absent)),
+        ("attention-1.json", older),
+        ("attention-3.json", make_results(ROWS[:4], dtype="bfloat16")),
+    ):
+        (folder / "h200" / name).write_text(json.dumps(results))
+    return folder
+
+
+def test_pages_show_the_committed_results():
+    assert main(["--check"]) == 0, "a page is out of date: run python -m benchmarks.report"
 
 
 def test_a_changed_figure_shows(tmp_path):
@@ -20,7 +59,8 @@ def test_a_changed_figure_shows(tmp_path):
     (folder / "device" / "squad-x.json").write_text(json.dumps(results))
     section = squad_section(folder)
     assert "| 12.34 |" in section and "benchmarks/results/device/squad-x.json" in section
-    assert section in rendered(f"a {BEGIN} old {END} b", section)
+    begin, end = SECTIONS[0].markers
+    assert section in between_markers(f"a {begin} old {end} b", begin, end, section)
 
 
 def test_committed_results_name_no_machine_path():
@@ -28,6 +68,109 @@ def test_committed_results_name_no_machine_path():
         assert "/" not in json.dumps(json.loads(path.read_text())["arguments"])
 
 
+def test_every_shown_picture_is_committed():
+    for path, results in newest_results(RESULTS):
+        for name in pictures(path, results).values():
+            assert (IMAGES / name).exists(), "run python -m benchmarks.report"
+
+
 def test_missing_markers_are_named():
     with pytest.raises(ValueError, match="lacks"):
-        rendered("no markers", "section")
+        between_markers("no markers", *SECTIONS[0].markers, "section")
+
+
+def test_the_newest_results_of_each_device_and_dtype_are_shown(folder):
+    found = newest_results(folder)
+    assert [(path.name, results["dtype"]) for path, results in found] == [
+        ("attention-2.json", "float16"),
+        ("attention-3.json", "bfloat16"),
+    ]
+    other = make_results(ROWS, device="AMD EPYC", device_type="cpu", dtype="float32")
+    (folder / "a-cpu").mkdir()
+    (folder / "a-cpu" / "attention-x.json").write_text(json.dumps(other))
+    assert newest_results(folder)[-1][1]["device"] == "AMD EPYC"  # GPUs come first
+
+
+def test_the_summary_compares_with_the_fastest_dense_peer(folder):
+    summary = attention_summary(folder)
+    row = (
+        "| squad384 | forward | sdpa-flash 0.0500 | 0.0800 (0.62x) | 0.0200 (2.50x) | 0.0160 (3.12x) | 0.0210 (2.38x) |"
+    )
+    assert row in summary
+    assert "| squad384 | forward+backward | sdpa-flash 0.150 | – | – | – | – |" in summary
+    assert "NVIDIA H200, float16" in summary and NO_GPU not in summary and "99" not in summary
+
+
+def test_the_section_has_goals_pictures_rows_and_absences(folder):
+    section = attention_section(folder)
+    assert "| squad384 | forward | tile | – | fastest dense peer | at least 2.2x as fast | 3.12x | yes | tri" in section
+    assert "| squad384 | forward | tile | – | memory floor | at most 1.4x the time | 2.00x | no | triton" in section
+    assert "| long4096 | forward | tile | – | fastest dense peer | at least 6x as fast | – | not measured |" in section
+    assert "![Times](images/attention-h200.svg)" in section and "images/roofline-h200-bfloat16.svg" in section
+    assert "| triton* | element | – | 0.0200 | 0.0180 to 0.0220 | 2.50x | 50% | 25% | 4e-04 |" in section
+    assert "- flash-attn: not installed (squad384; forward; dense)" in section
+    assert "Bandwidth: 4 TB/s" in section and "matrix rate: 800 TFLOP/s" in section
+    assert "(../benchmarks/results/h200/attention-2.json)" in section
+    assert "12,288 real tokens. Element mask: 10% of positions, 20% of the work by 16 queries" in section
+
+
+def test_a_goal_just_missed_does_not_look_met():
+    rows = [make_row("triton", 1.0, mask="element"), make_row("sdpa-flash", 1.7999)]
+    assert any("at least 1.8x as fast | 1.79x | no |" in line for line in goal_lines(make_results(rows)))
+    rows += [make_row("triton", 1.0501, mask="element", bits=3)]
+    assert any("at most 1.05x the time | 1.06x | no |" in line for line in goal_lines(make_results(rows)))
+
+
+def test_without_a_gpu_pages_say_so(tmp_path):
+    folder = tmp_path / "benchmarks" / "results"
+    assert attention_summary(folder).startswith(NO_GPU) and attention_section(folder).startswith(NO_GPU)
+
+
+def test_pictures_are_the_same_for_the_same_results(folder, tmp_path):
+    draw_pictures(folder, tmp_path / "first")
+    draw_pictures(folder, tmp_path / "second")
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == [
+        "attention-h200-bfloat16.svg", "attention-h200.svg", "roofline-h200-bfloat16.svg", "roofline-h200.svg",
+    ]  # fmt: skip
+    for name in names:
+        text = (tmp_path / "first" / name).read_text()
+        assert text == (tmp_path / "second" / name).read_text()
+        ElementTree.fromstring(text)
+    times = (tmp_path / "first" / "attention-h200.svg").read_text()
+    assert "triton, tile, 3 bits" in times and "0.0210" in times
+    assert "bandwidth, 4 TB/s" in (tmp_path / "first" / "roofline-h200.svg").read_text()
+
+
+def test_the_terminal_shows_every_row_uncut(capsys):
+    print_table(make_results(ROWS, [ABSENT | {"reason": "[not] installed"}]))
+    printed = capsys.readouterr().out
+    for shown in ("squad384, forward+backward", "sdpa-flash", "triton*", "0.0180 to 0.0220", "2.50x", "of matrix rate"):
+        assert shown in printed
+    assert "flash-attn: [not] installed (squad384; forward; dense)" in printed and "…" not in printed
+
+
+def test_absences_are_listed_one_by_one_where_a_product_would_say_too_much():
+    same = [ABSENT | {"reason": "no", "mask": mask, "pass": one} for mask in ("a", "b") for one in ("x", "y")]
+    assert absence_lines(same) == ["flash-attn: no (squad384; x, y; a, b)"]
+    assert absence_lines([same[0], same[3]]) == ["flash-attn: no (squad384 x a; squad384 y b)"]
+    assert absence_lines([ABSENT | {"reason": "no", "bits": 3}]) == [
+        "flash-attn: no (squad384; forward; dense; 3 bits)"
+    ]
+
+
+def test_numbers_have_three_digits():
+    assert [milliseconds(value) for value in (0.02131, 0.213, 2.13, 21.31, 213.1)] == [
+        "0.0213", "0.213", "2.13", "21.3", "213",
+    ]  # fmt: skip
+    assert [rate(value, "B/s") for value in (4.21e12, 1.7e10, 5.0)] == ["4.21 TB/s", "17 GB/s", "5 B/s"]
+
+
+def test_files_are_complete_or_not_there(tmp_path):
+    with pytest.raises(RuntimeError), complete_files(tmp_path / "new") as unfinished:
+        (unfinished / "a").write_text("a")
+        raise RuntimeError
+    assert list((tmp_path / "new").iterdir()) == []
+    with complete_files(tmp_path / "new") as unfinished:
+        (unfinished / "a").write_text("a")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]

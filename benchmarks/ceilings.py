@@ -1,0 +1,58 @@
+"""What the machine can do at most, measured in the same run: bytes copied and floating-point operations a second.
+
+A floor is the time that a ceiling leaves: no kernel that moves as many bytes, or multiplies as much, is faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .attention_workloads import FORWARD, Workload
+from .timing import make_timer, percentiles, time_in_turns
+
+_COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
+_MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
+_FORWARD_TENSORS, _BOTH_TENSORS = 4, 12
+_BOTH_OVER_FORWARD = 3.5  # two products forward, five backward
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates: bytes read and written a second by a large copy, operations a second of a large matrix product
+    of random numbers."""
+
+    copy_bytes_per_second: float
+    matrix_flops_per_second: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
+    """Times a copy of 1 GiB (a quarter of it on a CPU) and a matrix product of side 8192 (2048 on a CPU)."""
+    generator, side = torch.Generator(device).manual_seed(0), _MATRIX_SIDE[device.type]
+    source = torch.empty(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device).random_(generator=generator)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    product = torch.empty_like(left)
+    timer = make_timer(device)
+    timed = [
+        timer.prepare(lambda: target.copy_(source)),
+        timer.prepare(lambda: torch.mm(left, right, out=product)),
+    ]
+    time_in_turns(timer, timed, [seconds] * 2)
+    copy, multiply = (percentiles(one.milliseconds)[1] / 1e3 for one in timed)
+    return Ceilings(2 * source.numel() / copy, 2 * side**3 / multiply)
+
+
+def least_bytes(workload: Workload, direction: str, element_bytes: int) -> int:
+    """Bytes that attention has to move: query, key, value and output of all real tokens once in the forward pass; then
+    once more in the backward pass, with their four gradients."""
+    tensors = _FORWARD_TENSORS if direction == FORWARD else _BOTH_TENSORS
+    return tensors * workload.tokens * workload.heads * workload.head_dim * element_bytes
+
+
+def useful_flops(workload: Workload, direction: str, kept: float) -> float:
+    """Operations on `kept` positions (over heads, sequences and real lengths): two products of head_dim multiplications
+    and additions for each forward, five more backward."""
+    forward = 4 * workload.head_dim * kept
+    return forward if direction == FORWARD else _BOTH_OVER_FORWARD * forward
