@@ -1,4 +1,4 @@
-# make setup | test | squad ARGS="..." | lint | format | clean
+# make setup | test | sanitize | squad ARGS="..." | lint | format | clean
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 PYTEST_ARGS ?= -q -n 2 --dist loadgroup
 
 .DELETE_ON_ERROR:
-.PHONY: setup test squad lint format clean
+.PHONY: setup test sanitize squad lint format clean
 
 setup: $(VENV)/.package
 
@@ -31,6 +31,18 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in $(CSRC)
 # Two workers with one thread each: the tests that need more threads ask for them.
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
+
+# The C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined
+sanitize: setup
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r csrc kernels sparse_attn tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/sparse_attn/_C*.so
+	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1' LDFLAGS='$(SANITIZERS)' \
+		$(CURDIR)/$(RUN) setup.py --quiet build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(CURDIR)/$(RUN) -m pytest -q -n 2 tests/test_native.py tests/test_bitpacking.py
 
 squad: setup
 	$(RUN) -m benchmarks.squad $(ARGS)

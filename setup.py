@@ -19,7 +19,7 @@ def missing_for_extension() -> str | None:
     except ImportError as error:
         return f"the build cannot import torch ({error}); install torch, then use --no-build-isolation"
     if os.name == "nt":
-        return None
+        return "the kernels need GCC or Clang"
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for candidate in candidates:
         if shutil.which(candidate.split()[0]):
@@ -40,7 +40,7 @@ def extension_arguments() -> dict:
         sources,
         depends=headers,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args=[] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden", "-Wall"],
+        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"],
         py_limited_api=True,
     )
     return {

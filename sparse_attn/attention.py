@@ -138,6 +138,18 @@ def prepare(
             _layout_arguments(first_choice, layout, head_dim, dtype, with_bits, training)
 
 
+def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:
+    """Every backend and its reasons not to compute a small call on `device`; empty if it can. What "auto" prefers comes
+    first."""
+    device = torch.device(device)
+    layout = SparseLayout(torch.ones(1, 16, 16, dtype=torch.bool, device=device))
+    tensors = [torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)] * 3
+    call = _checked_call(*tensors, layout, None, None, None, None, None, None, None, False, 0, 0.0)
+    preferred = [backend.NAME for backend in _automatic(device)]
+    names = [*preferred, *(name for name in BACKENDS if name not in preferred)]
+    return {name: BACKENDS[name].unsupported(call, training=False) for name in names}
+
+
 def _layout_arguments(
     backend: ModuleType, layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:

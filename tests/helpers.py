@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_attn import GlobalMask, QuantizationTable, SparseLayout, sparse_attention
+from sparse_attn import GlobalMask, QuantizationTable, SparseLayout, extension, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from sparse_attn.quantization import as_table
 
@@ -17,12 +17,15 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def backends(*names: str) -> list:
-    """Test parameters (backend, device): Triton on the GPU, or in its interpreter without one; PyTorch on both."""
+    """Test parameters (backend, device): Triton on the GPU, or in its interpreter without one; the C++ kernels on the
+    CPU; PyTorch on both."""
     places = [(name, "cpu") for name in names if name != "triton" or not CUDA]
-    places += [(name, "cuda") for name in names]
-    absent = pytest.mark.skipif(not CUDA, reason="no GPU")
+    places += [(name, "cuda") for name in names if name != "native"]
+    no_gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
+    not_built = pytest.mark.skipif(not extension.available(), reason="the C++ extension is not built")
+    marks = {"cuda": [no_gpu], "native": [not_built]}
     return [
-        pytest.param(name, device, id=f"{name}-{device}", marks=[absent] if device == "cuda" else [])
+        pytest.param(name, device, id=f"{name}-{device}", marks=[*marks.get(device, []), *marks.get(name, [])])
         for name, device in places
     ]
 

@@ -25,7 +25,7 @@ LAYERS = [
     ["attention"],
     ["integrations"],
     ["heads", "analysis", "squad", "training"],
-    ["cli", "benchmarks"],
+    ["cli", "doctor", "benchmarks"],
 ]
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 MAY_IMPORT_TRANSFORMERS = {"integrations", "squad", "training", "heads", "analysis", "cli", "benchmarks"}

@@ -9,14 +9,14 @@ from sparse_attn.ops import AttentionCall
 from tests.helpers import DEVICE, backends, gradients, random_inputs, random_layout
 
 
-def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
+def operator_arguments(backend, device, dtype=torch.float32, bits=None, packed=False):
     """Arguments of torch.ops.sparse_attn.attention for a small random call."""
     captured = []
     from sparse_attn import attention
 
-    layout = random_layout(2, 12, 0.4, DEVICE)
+    layout = random_layout(2, 12, 0.4, device)
     shape = (12, 2, 16) if packed else (2, 2, 12, 16)
-    tensors = [t.requires_grad_() for t in random_inputs(shape, dtype, DEVICE)]
+    tensors = [t.requires_grad_() for t in random_inputs(shape, dtype, device)]
     original = attention.run
 
     def spy(call: AttentionCall, name: str):
@@ -25,7 +25,7 @@ def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
 
     attention.run = spy
     try:
-        arguments = dict(cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32, device=DEVICE)) if packed else {}
+        arguments = dict(cu_seqlens=torch.tensor([0, 5, 12], dtype=torch.int32, device=device)) if packed else {}
         sparse_attention(*tensors, layout, bits=bits, backend=backend, **arguments)
     finally:
         attention.run = original
@@ -37,11 +37,12 @@ def operator_arguments(backend, dtype=torch.float32, bits=None, packed=False):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+@pytest.mark.parametrize(("backend", "device"), backends("reference", "torch", "native", "triton"))
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(backend, packed):
+def test_opcheck(backend, device, packed):
     dtype = torch.float64 if backend == "reference" else torch.float32
-    torch.library.opcheck(torch.ops.sparse_attn.attention.default, operator_arguments(backend, dtype, packed=packed))
+    arguments = operator_arguments(backend, device, dtype, packed=packed)
+    torch.library.opcheck(torch.ops.sparse_attn.attention.default, arguments)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"key_lengths": torch.tensor([9, 4])}])
@@ -62,7 +63,7 @@ def test_gradcheck_packed():
     )
 
 
-@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
 @pytest.mark.parametrize("arguments", [{}, {"bits": 3}, {"dropout": 0.4}, {"bits": 2, "dropout": 0.2, "causal": True}])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gradients_agree_with_the_reference(backend, device, arguments, packed):
@@ -80,7 +81,7 @@ def test_gradients_agree_with_the_reference(backend, device, arguments, packed):
         torch.testing.assert_close(own, reference, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 40])
 def test_gradients_within_budget(backend, device, head_dim, dtype):
@@ -98,7 +99,7 @@ def test_gradients_within_budget(backend, device, head_dim, dtype):
         assert (own.double() - true).norm() <= 8 * torch.finfo(dtype).eps * true.norm() + 1e-5
 
 
-@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
 @pytest.mark.parametrize("length", [1, 15, 17, 63, 129])
 def test_gradients_at_odd_lengths_are_complete_and_repeatable(backend, device, length, poisoned):
     layout = random_layout(2, length + 3, 0.8, device)
@@ -128,7 +129,7 @@ def test_training_needs_no_memory_for_pairs_of_positions():
     assert one_tensor <= largest <= 5 * one_tensor < length**2
 
 
-@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch"))
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
 def test_gradients_with_an_offset_and_more_keys(backend, device):
     layout = random_layout(2, 48, 0.5, device)
     query, key, value = random_inputs((2, 2, 40, 32), torch.float32, device)
@@ -153,7 +154,7 @@ def test_rounding_is_straight_through():
         torch.testing.assert_close(own, other)
 
 
-@pytest.mark.parametrize(("backend", "device"), backends("triton", "torch", "reference"))
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch", "reference"))
 def test_compiles_without_breaks_for_any_length(backend, device):
     mask = GlobalMask.random(1, 2, 32, sparsity=0.5)
     layout = mask.layout(0, device)
@@ -172,10 +173,9 @@ def test_compiles_without_breaks_for_any_length(backend, device):
     assert graphs["unique_graphs"] == 1
 
 
-def test_output_strides_fit_transformers():
+@pytest.mark.parametrize(("backend", "device"), backends("reference", "torch", "native", "triton"))
+def test_output_strides_fit_transformers(backend, device):
     """[batch, tokens, heads * head_dim] is a view of the output, on every backend and in the fake."""
-    layout = random_layout(2, 16, 0.5, DEVICE)
-    tensors = random_inputs((2, 2, 16, 8), torch.float32, DEVICE)
-    for backend in ("reference", "torch", "triton"):
-        output = sparse_attention(*tensors, layout, backend=backend)
-        assert output.transpose(1, 2).is_contiguous()
+    layout = random_layout(2, 16, 0.5, device)
+    output = sparse_attention(*random_inputs((2, 2, 16, 8), torch.float32, device), layout, backend=backend)
+    assert output.transpose(1, 2).is_contiguous()

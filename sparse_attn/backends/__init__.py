@@ -11,9 +11,9 @@ and has registered its forward (and backward) with `sparse_attn.ops`.
 
 from types import ModuleType
 
-from . import reference, torch, triton
+from . import native, reference, torch, triton
 
-BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, torch, reference)}
+BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, native, torch, reference)}
 
 # What backend="auto" tries, fastest first. On a CPU, Triton's interpreter runs only when asked for by name.
-AUTOMATIC: dict[str, tuple[ModuleType, ...]] = {"cuda": (triton, torch, reference), "cpu": (torch, reference)}
+AUTOMATIC: dict[str, tuple[ModuleType, ...]] = {"cuda": (triton, torch, reference), "cpu": (native, torch, reference)}

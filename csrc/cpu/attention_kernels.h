@@ -1,0 +1,308 @@
+// Attention over column lists for groups of 16 query rows (or keys), as many at a time as a vector has lanes: a row in
+// each. Scores lie as [entry][lane], so a softmax is vertical, a row bit is a lane's mask, and gathering a key costs
+// nothing: its elements are broadcast. Compiled once for each instruction set.
+#pragma once
+
+#include "attention_steps.h"
+
+namespace sparse_attn::SPARSE_ATTN_ISA {
+
+// A thread's memory for one head at a time, all of it in floats.
+struct Workspace {
+  float *first_lanes, *second_lanes;    // [dims][LANES]
+  float *first_scores, *second_scores;  // [entries][LANES]
+  float *first_rows, *second_rows;      // [length][dims], copies of rows that are not float32
+  int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
+
+  static int64_t length(const Call& call) {
+    return (std::max(call.query_len, call.key_len) + GROUP_ROWS) / GROUP_ROWS * GROUP_ROWS;
+  }
+  static int64_t floats(const Call& call) {
+    return 2 * (padded_dim(call.head_dim) * (LANES + length(call)) + length(call) * LANES + length(call));
+  }
+  Workspace(const Call& call, float* memory) {
+    const auto take = [&memory](int64_t floats) {
+      float* start = memory;
+      memory += floats;
+      return start;
+    };
+    const int64_t dims = padded_dim(call.head_dim), entries = length(call);
+    first_lanes = take(dims * LANES), second_lanes = take(dims * LANES);
+    first_scores = take(entries * LANES), second_scores = take(entries * LANES);
+    first_rows = take(entries * dims), second_rows = take(entries * dims);
+    rows = reinterpret_cast<int32_t*>(take(entries)), kept = reinterpret_cast<int32_t*>(take(entries));
+  }
+};
+
+// The keys that a group of queries meets, those that padding or causality hides left out.
+inline Entries keys_of_group(
+    const Call& call, const Lists& lists, const Task& task, int64_t group, int64_t keys_end, Workspace& space) {
+  const int64_t first_row = group * GROUP_ROWS;
+  const Entries list =
+      entries_of(lists, task.head, group, call.causal ? std::min(keys_end, first_row + GROUP_ROWS) : keys_end);
+  if (!call.causal && !call.key_padding) {
+    return list;
+  }
+  const uint8_t* padding = call.key_padding ? call.key_padding + task.batch * call.key_len : nullptr;
+  int64_t count = 0;
+  for (int64_t entry = 0; entry < list.count; ++entry) {
+    const int32_t key = list.rows[entry];
+    const uint32_t visible = call.causal ? bits_between(first_row, GROUP_ROWS, key, first_row + GROUP_ROWS) : ALL_ROWS;
+    space.rows[count] = key;
+    space.kept[count] = static_cast<int32_t>(visible & (list.kept ? list.kept[entry] : ALL_ROWS));
+    count += !padding || padding[key];
+  }
+  return {space.rows, space.kept, count};
+}
+
+// The queries that a group of keys meets, as rows of the sequence.
+inline Entries queries_of_group(
+    const Call& call,
+    const Lists& lists,
+    const Task& task,
+    int64_t group,
+    uint32_t alive,
+    int64_t rows_end,
+    Workspace& space) {
+  const int64_t first_key = group * GROUP_ROWS;
+  const Entries list = entries_of(lists, task.head, group, rows_end + call.query_offset);
+  int64_t count = 0;
+  for (int64_t entry = 0; entry < list.count; ++entry) {
+    const int64_t position = list.rows[entry];
+    const uint32_t visible = call.causal ? bits_between(first_key, GROUP_ROWS, first_key, position + 1) : ALL_ROWS;
+    space.rows[count] = static_cast<int32_t>(position - call.query_offset);
+    space.kept[count] = static_cast<int32_t>(alive & visible & (list.kept ? list.kept[entry] : ALL_ROWS));
+    count += position >= call.query_offset;
+  }
+  return {space.rows, space.kept, count};
+}
+
+// Lanes whose row, from row `shift` of the group on, keeps an entry; the others become `otherwise`.
+SPARSE_ATTN_INLINE Floats kept_or(const Entries& list, int64_t entry, int shift, Floats lanes, float otherwise) {
+  return list.kept ? select(static_cast<uint32_t>(list.kept[entry]) >> shift, lanes, splat(otherwise)) : lanes;
+}
+
+inline void prefetch_rows(const Head& head, int64_t first, int64_t end) {
+  for (int64_t row = first; row < end; ++row) {
+    for (int64_t byte = 0; byte < head.head_dim * head.bytes(); byte += 64) {
+      __builtin_prefetch(head.at(row, 0) + byte, 0, 2);
+    }
+  }
+}
+
+inline void forward(const Forward& call, const Task& task, const Task& next, float* memory) {
+  Workspace space(call, memory);
+  const Sequence sequence = sequence_of(call, task.batch);
+  const Head query = head_of(call, call.query, sequence, task.head);
+  const Head output = head_of(call, call.output, sequence, task.head);
+  const int64_t dims = padded_dim(call.head_dim), offset = call.query_offset;
+  const Rows keys = rows_of(head_of(call, call.key, sequence, task.head), sequence.keys_end, space.first_rows);
+  const Rows values = rows_of(head_of(call, call.value, sequence, task.head), sequence.keys_end, space.second_rows);
+  const RowNumbers numbers(call, sequence, task.batch, task.head);
+  const Sequence after = sequence_of(call, next.batch);
+  const Head next_heads[] = {
+      head_of(call, call.query, after, next.head),
+      head_of(call, call.key, after, next.head),
+      head_of(call, call.value, after, next.head)};
+  const Floats minus_infinity = splat(-std::numeric_limits<float>::infinity());
+  float* scores = space.first_scores;
+
+  for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
+    const int64_t group = part / PARTS, first_row = part * LANES - offset;
+    const int shift = static_cast<int>(part % PARTS) * LANES;
+    const uint32_t alive = bits_between(first_row, LANES, 0, sequence.rows_end);
+    const uint32_t stored = bits_between(first_row, LANES, 0, sequence.rows_stored);
+    Entries list{nullptr, nullptr, 0};
+    if (alive) {
+      list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
+      load_lanes(query, first_row, alive, call.scale * LOG2_E, space.first_lanes);
+    }
+    // The next head's rows come into the cache while this one is computed.
+    for (const Head& head : next_heads) {
+      prefetch_rows(head, std::max<int64_t>(first_row, 0), std::min(first_row + LANES, after.keys_end));
+    }
+
+    Floats highest = minus_infinity;
+    products(space.first_lanes, dims, keys, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+      score = kept_or(list, entry, shift, score, -std::numeric_limits<float>::infinity());
+      highest = maximum(score, highest);
+      store(scores + entry * LANES, score);
+    });
+    highest = highest == minus_infinity ? splat(0.0f) : highest;  // a row without keys: nothing becomes NaN
+    Floats sum = splat(0.0f);
+    for (int64_t entry = 0; entry < list.count; ++entry) {
+      const Floats p = exp2_of(load(scores + entry * LANES) - highest);
+      sum += p;
+      if (call.rounding.count == 0) {
+        store(scores + entry * LANES, p);
+      }
+    }
+    const Floats real = sum > 0.0f ? sum : splat(1.0f);
+    Floats normaliser = 1.0f / real;
+    if (call.rounding.count > 0 || call.lse) {
+      Floats lse2;
+      for (int lane = 0; lane < LANES; ++lane) {
+        lse2[lane] = highest[lane] + std::log2(real[lane]);
+      }
+      if (call.lse) {
+        float* lse = call.lse + sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
+        const Floats natural = select(alive, sum > 0.0f ? lse2 * LN_2 : minus_infinity, minus_infinity);
+        for (int lane = 0; lane < LANES; ++lane) {
+          if (stored >> lane & 1) {
+            lse[first_row + lane] = natural[lane];
+          }
+        }
+      }
+      if (call.rounding.count > 0) {
+        normaliser = splat(1.0f);
+        for (int64_t entry = 0; entry < list.count; ++entry) {
+          store(scores + entry * LANES, round_to_levels(call.rounding, load(scores + entry * LANES) - lse2));
+        }
+      }
+    }
+    if (call.dropout.threshold > 0) {
+      const Words words = row_words(
+          call.dropout, counting_from(0) * numbers.step + (numbers.first + numbers.step * uint32_t(first_row)));
+      for (int64_t entry = 0; entry < list.count; ++entry) {
+        const Floats factors = dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
+        store(scores + entry * LANES, load(scores + entry * LANES) * factors);
+      }
+    }
+    normaliser = select(alive, normaliser, splat(0.0f));  // padding rows yield zeros
+    weighted_rows(scores, dims, values, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
+      for (int i = 0; i < LANES; ++i) {
+        block[i] *= normaliser;
+      }
+      store_lanes(output, first_row, stored, dim, block);
+    });
+  }
+}
+
+// dq of a group of queries, and delta = rowsum(p * dp) of its rows for `backward_key_value`.
+inline void backward_query(const Backward& call, const Task& task, float* memory) {
+  Workspace space(call, memory);
+  const Sequence sequence = sequence_of(call, task.batch);
+  const Head query = head_of(call, call.query, sequence, task.head);
+  const Head grad_output = head_of(call, call.grad_output, sequence, task.head);
+  const Head grad_query = head_of(call, call.grad_query, sequence, task.head);
+  const int64_t dims = padded_dim(call.head_dim);
+  const Rows keys = rows_of(head_of(call, call.key, sequence, task.head), sequence.keys_end, space.first_rows);
+  const Rows values = rows_of(head_of(call, call.value, sequence, task.head), sequence.keys_end, space.second_rows);
+  const RowNumbers numbers(call, sequence, task.batch, task.head);
+  const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
+  float *probabilities = space.first_scores, *grad_probabilities = space.second_scores;
+
+  for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
+    const int64_t group = part / PARTS, first_row = part * LANES - call.query_offset;
+    const int shift = static_cast<int>(part % PARTS) * LANES;
+    const uint32_t alive = bits_between(first_row, LANES, 0, sequence.rows_end);
+    const uint32_t stored = bits_between(first_row, LANES, 0, sequence.rows_stored);
+    Entries list{nullptr, nullptr, 0};
+    Floats lse2 = splat(0.0f);
+    if (alive) {
+      list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
+      load_lanes(query, first_row, alive, call.scale * LOG2_E, space.first_lanes);
+      load_lanes(grad_output, first_row, alive, 1.0f, space.second_lanes);
+      for (int lane = 0; lane < LANES; ++lane) {
+        const float lse = alive >> lane & 1 ? call.lse[row_start + first_row + lane] : 0.0f;
+        lse2[lane] = std::isinf(lse) ? 0.0f : lse / LN_2;
+      }
+    }
+    products(space.first_lanes, dims, keys, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+      store(probabilities + entry * LANES, kept_or(list, entry, shift, exp2_of(score - lse2), 0.0f));
+    });
+    const Words words =
+        row_words(call.dropout, counting_from(0) * numbers.step + (numbers.first + numbers.step * uint32_t(first_row)));
+    Floats delta = splat(0.0f);
+    products(space.second_lanes, dims, values, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+      if (call.dropout.threshold > 0) {
+        dp *= dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
+      }
+      delta += load(probabilities + entry * LANES) * dp;
+      store(grad_probabilities + entry * LANES, dp);
+    });
+    for (int64_t entry = 0; entry < list.count; ++entry) {
+      const Floats dp = load(grad_probabilities + entry * LANES);
+      store(probabilities + entry * LANES, load(probabilities + entry * LANES) * (dp - delta));
+    }
+    for (int lane = 0; lane < LANES; ++lane) {
+      if (stored >> lane & 1) {
+        call.delta[row_start + first_row + lane] = delta[lane];
+      }
+    }
+    weighted_rows(probabilities, dims, keys, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
+      for (int i = 0; i < LANES; ++i) {
+        block[i] *= call.scale;
+      }
+      store_lanes(grad_query, first_row, stored, dim, block);
+    });
+  }
+}
+
+// dk and dv of a group of keys: lanes are keys, entries are queries.
+inline void backward_key_value(const Backward& call, const Task& task, float* memory) {
+  Workspace space(call, memory);
+  const Sequence sequence = sequence_of(call, task.batch);
+  const Head key = head_of(call, call.key, sequence, task.head);
+  const Head value = head_of(call, call.value, sequence, task.head);
+  const Head grad_key = head_of(call, call.grad_key, sequence, task.head);
+  const Head grad_value = head_of(call, call.grad_value, sequence, task.head);
+  const int64_t dims = padded_dim(call.head_dim);
+  const Rows queries = rows_of(head_of(call, call.query, sequence, task.head), sequence.rows_end, space.first_rows);
+  const Rows grads =
+      rows_of(head_of(call, call.grad_output, sequence, task.head), sequence.rows_end, space.second_rows);
+  const RowNumbers numbers(call, sequence, task.batch, task.head);
+  const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
+  const uint8_t* padding = call.key_padding ? call.key_padding + task.batch * call.key_len : nullptr;
+  float *used = space.first_scores, *grad_scores = space.second_scores;
+
+  for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
+    const int64_t group = part / PARTS, first_key = part * LANES;
+    const int shift = static_cast<int>(part % PARTS) * LANES;
+    const uint32_t stored = bits_between(first_key, LANES, 0, sequence.keys_stored);
+    uint32_t alive = bits_between(first_key, LANES, 0, sequence.keys_end);
+    for (int lane = 0; padding && lane < LANES; ++lane) {
+      if (alive >> lane & 1 && !padding[first_key + lane]) {
+        alive &= ~(1u << lane);
+      }
+    }
+    Entries list{nullptr, nullptr, 0};
+    if (alive) {
+      list = queries_of_group(call, call.transposed, task, group, alive << shift, sequence.rows_end, space);
+      load_lanes(key, first_key, alive, call.scale * LOG2_E, space.first_lanes);
+      load_lanes(value, first_key, alive, 1.0f, space.second_lanes);
+    }
+    products(space.first_lanes, dims, queries, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+      const float lse = call.lse[row_start + list.rows[entry]];
+      const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse / LN_2);
+      store(grad_scores + entry * LANES, kept_or(list, entry, shift, exp2_of(log2_p), 0.0f));
+      if (call.rounding.count > 0) {
+        store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(call.rounding, log2_p), 0.0f));
+      }
+    });
+    products(space.second_lanes, dims, grads, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+      const int64_t row = list.rows[entry];
+      const Floats p = load(grad_scores + entry * LANES);
+      Floats weight = call.rounding.count > 0 ? load(used + entry * LANES) : p;
+      if (call.dropout.threshold > 0) {
+        const Words words = row_words(call.dropout, splat_word(numbers.first + numbers.step * uint32_t(row)));
+        const Floats factors = dropout_factors(call.dropout, words, counting_from(uint32_t(first_key)));
+        weight *= factors;
+        dp *= factors;
+      }
+      store(used + entry * LANES, weight);
+      store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
+    });
+    weighted_rows(used, dims, grads, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
+      store_lanes(grad_value, first_key, stored, dim, block);
+    });
+    weighted_rows(grad_scores, dims, queries, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
+      for (int i = 0; i < LANES; ++i) {
+        block[i] *= call.scale;
+      }
+      store_lanes(grad_key, first_key, stored, dim, block);
+    });
+  }
+}
+
+}  // namespace sparse_attn::SPARSE_ATTN_ISA

@@ -1,0 +1,280 @@
+// What the forward and the backward kernels share: where a sequence lies, the list of a group, and the two products
+// that all the work goes into. Included by attention_kernels.h, once for each instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "attention.h"
+#include "vector.h"
+
+namespace sparse_attn::SPARSE_ATTN_ISA {
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LN_2 = 0.693147180559945309417f;
+constexpr int ENTRIES = 8;  // list entries whose products are summed at a time: as many as hide the latency of an FMA
+constexpr int GROUP_ROWS = 16;
+constexpr int PARTS = GROUP_ROWS / LANES;  // of a group, each as many rows as there are lanes
+constexpr uint32_t ALL_ROWS = 0xffff;
+constexpr int64_t STOP_KEYS = 32;
+
+SPARSE_ATTN_INLINE int64_t padded_dim(int64_t head_dim) {
+  return (head_dim + LANES - 1) / LANES * LANES;
+}
+
+// Where a sequence lies, as `sequence_bounds` of the Triton kernels says.
+struct Sequence {
+  int64_t index, first_token, rows_end, keys_end, rows_stored, keys_stored;
+};
+
+inline Sequence sequence_of(const Call& call, int64_t batch) {
+  if (call.cu_seqlens) {
+    const int64_t first = call.cu_seqlens[batch], length = call.cu_seqlens[batch + 1] - first;
+    return {0, first, length, length, length, length};
+  }
+  const auto end = [](const int32_t* lengths, int64_t at, int64_t stored) {
+    return lengths ? std::clamp<int64_t>(lengths[at], 0, stored) : stored;
+  };
+  return {
+      batch,
+      0,
+      end(call.query_lengths, batch, call.query_len),
+      end(call.key_lengths, batch, call.key_len),
+      call.query_len,
+      call.key_len};
+}
+
+// A head's rows of a tensor: element (row, dim) lies at data + (row * row_stride + dim * dim_stride) elements.
+struct Head {
+  Element element;
+  char* data;
+  int64_t row_stride, dim_stride, head_dim;
+
+  int64_t bytes() const {
+    return element == Element::Float32 ? 4 : 2;
+  }
+  char* at(int64_t row, int64_t dim) const {
+    return data + (row * row_stride + dim * dim_stride) * bytes();
+  }
+};
+
+inline Head head_of(const Call& call, const Matrix& matrix, const Sequence& sequence, int64_t head) {
+  Head found{call.element, nullptr, matrix.row, matrix.dim, call.head_dim};
+  const int64_t first = sequence.index * matrix.batch + head * matrix.head + sequence.first_token * matrix.row;
+  found.data = static_cast<char*>(matrix.data) + first * found.bytes();
+  return found;
+}
+
+SPARSE_ATTN_INLINE Floats load_element(Element element, const void* from) {
+  const auto* halves = static_cast<const uint16_t*>(from);
+  return element == Element::Float32    ? load(static_cast<const float*>(from))
+         : element == Element::BFloat16 ? load_bfloat16(halves)
+                                        : load_float16(halves);
+}
+
+SPARSE_ATTN_INLINE void store_element(Element element, void* to, Floats lanes) {
+  if (element == Element::Float32) {
+    store(static_cast<float*>(to), lanes);
+  } else if (element == Element::BFloat16) {
+    store_bfloat16(static_cast<uint16_t*>(to), lanes);
+  } else {
+    store_float16(static_cast<uint16_t*>(to), lanes);
+  }
+}
+
+// LANES elements of a row from `dim` on, zeros past head_dim.
+SPARSE_ATTN_INLINE Floats load_dims(const Head& head, int64_t row, int64_t dim) {
+  if (head.dim_stride == 1 && dim + LANES <= head.head_dim) {
+    return load_element(head.element, head.at(row, dim));
+  }
+  alignas(64) char elements[4 * LANES] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(LANES, head.head_dim - dim); ++i) {
+    std::memcpy(elements + i * head.bytes(), head.at(row, dim + i), head.bytes());
+  }
+  return load_element(head.element, elements);
+}
+
+SPARSE_ATTN_INLINE void store_dims(const Head& head, int64_t row, int64_t dim, Floats lanes) {
+  if (head.dim_stride == 1 && dim + LANES <= head.head_dim) {
+    store_element(head.element, head.at(row, dim), lanes);
+    return;
+  }
+  alignas(64) char elements[4 * LANES];
+  store_element(head.element, elements, lanes);
+  for (int64_t i = 0; i < std::min<int64_t>(LANES, head.head_dim - dim); ++i) {
+    std::memcpy(head.at(row, dim + i), elements + i * head.bytes(), head.bytes());
+  }
+}
+
+// Rows of floats, padded_dim(head_dim) long: the tensor's own where it has that form, else copies in `buffer`.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+inline Rows rows_of(const Head& head, int64_t count, float* buffer) {
+  const int64_t dims = padded_dim(head.head_dim);
+  if (head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims) {
+    return {reinterpret_cast<const float*>(head.data), head.row_stride};
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t dim = 0; dim < dims; dim += LANES) {
+      store(buffer + row * dims + dim, load_dims(head, row, dim));
+    }
+  }
+  return {buffer, dims};
+}
+
+// Rows from `first` on times a factor, transposed to [dims][LANES]; zeros in lanes that are not alive.
+inline void load_lanes(const Head& head, int64_t first, uint32_t alive, float factor, float* lanes) {
+  for (int64_t dim = 0; dim < padded_dim(head.head_dim); dim += LANES) {
+    Floats block[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      block[lane] = alive >> lane & 1 ? load_dims(head, first + lane, dim) * factor : splat(0.0f);
+    }
+    transpose(block);
+    for (int i = 0; i < LANES; ++i) {
+      store(lanes + (dim + i) * LANES, block[i]);
+    }
+  }
+}
+
+// Columns [LANES dims][LANES] back to rows from `first` on of a tensor, those whose lane is stored.
+SPARSE_ATTN_INLINE void store_lanes(const Head& head, int64_t first, uint32_t stored, int64_t dim, Floats* block) {
+  transpose(block);
+  for (int lane = 0; lane < LANES; ++lane) {
+    if (stored >> lane & 1) {
+      store_dims(head, first + lane, dim, block[lane]);
+    }
+  }
+}
+
+// Bits of those of `count` numbers, counted from `first`, that lie in [begin, end).
+SPARSE_ATTN_INLINE uint32_t bits_between(int64_t first, int count, int64_t begin, int64_t end) {
+  const int64_t low = std::clamp<int64_t>(begin - first, 0, count), high = std::clamp<int64_t>(end - first, 0, count);
+  return low < high ? (1u << high) - (1u << low) : 0;
+}
+
+// What a group meets: rows of the other side, and for each the group's rows that keep it (null: all).
+struct Entries {
+  const int32_t* rows;
+  const int32_t* kept;
+  int64_t count;
+};
+
+// The part of a group's list below position `end`.
+inline Entries entries_of(const Lists& lists, int64_t head, int64_t group, int64_t end) {
+  const int32_t* stops = lists.stops + (head * lists.groups + group) * (lists.blocks + 1);
+  const int64_t first = stops[0];
+  int64_t last = stops[std::min((end + STOP_KEYS - 1) / STOP_KEYS, lists.blocks)];
+  while (last > first && lists.columns[last - 1] >= end) {
+    --last;
+  }
+  return {lists.columns + first, lists.full ? nullptr : lists.row_bits + first, last - first};
+}
+
+// The products of every entry's row with the lanes: visit(entry, [LANES]).
+template <class Visit>
+SPARSE_ATTN_INLINE void products(const float* lanes, int64_t dims, Rows rows, const Entries& list, Visit visit) {
+  for (int64_t first = 0; first < list.count; first += ENTRIES) {
+    const int64_t count = std::min<int64_t>(ENTRIES, list.count - first);
+    const float* row[ENTRIES];
+    Floats sum[ENTRIES];
+    for (int i = 0; i < ENTRIES; ++i) {
+      row[i] = rows.data + list.rows[first + (i < count ? i : 0)] * rows.stride;
+      sum[i] = splat(0.0f);
+    }
+    for (int64_t dim = 0; dim < dims; ++dim) {
+      const Floats lane = load(lanes + dim * LANES);
+#pragma GCC unroll 8
+      for (int i = 0; i < ENTRIES; ++i) {
+        sum[i] += lane * row[i][dim];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ENTRIES; ++i) {
+      if (i < count) {
+        visit(first + i, sum[i]);
+      }
+    }
+  }
+}
+
+// The entries' rows summed with weights [count][LANES], LANES dimensions at a time: visit(dim, [LANES dims] of lanes).
+template <class Visit>
+SPARSE_ATTN_INLINE void weighted_rows(const float* weights, int64_t dims, Rows rows, const Entries& list, Visit visit) {
+  for (int64_t dim = 0; dim < dims; dim += LANES) {
+    Floats sum[LANES];
+    for (int i = 0; i < LANES; ++i) {
+      sum[i] = splat(0.0f);
+    }
+    for (int64_t entry = 0; entry < list.count; ++entry) {
+      const Floats weight = load(weights + entry * LANES);
+      const float* row = rows.data + list.rows[entry] * rows.stride + dim;
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
+        sum[i] += weight * row[i];
+      }
+    }
+    visit(dim, sum);
+  }
+}
+
+// sparse_attn.dropout.mix32.
+SPARSE_ATTN_INLINE Words mix32(Words word) {
+  word = (word ^ (word >> 16)) * 0x7FEB352D;
+  word = (word ^ (word >> 15)) * 0x846CA68B;
+  return word ^ (word >> 16);
+}
+
+// What dropout hashes of query rows, by their numbers.
+SPARSE_ATTN_INLINE Words row_words(const Dropout& dropout, Words row_numbers) {
+  return mix32(row_numbers * 0x9E3779B1 + dropout.seed);
+}
+
+SPARSE_ATTN_INLINE Floats dropout_factors(const Dropout& dropout, Words row_words, Words keys) {
+  const Words words = mix32(row_words + keys * 0x85EBCA77);
+  return words >= splat_word(dropout.threshold) ? splat(dropout.factor) : splat(0.0f);
+}
+
+SPARSE_ATTN_INLINE Words counting_from(uint32_t first) {
+  return Words{SPARSE_ATTN_COUNT} + first;
+}
+
+// The counter of a query row: see sparse_attn.dropout. The next row's is `step` further.
+struct RowNumbers {
+  uint32_t first, step;
+
+  RowNumbers(const Call& call, const Sequence& sequence, int64_t batch, int64_t head)
+      : first(
+            static_cast<uint32_t>(
+                call.cu_seqlens ? sequence.first_token * call.heads + head
+                                : (batch * call.heads + head) * call.query_len)),
+        step(call.cu_seqlens ? static_cast<uint32_t>(call.heads) : 1) {
+  }
+};
+
+// The levels of rounding for log2 of probabilities.
+SPARSE_ATTN_INLINE Floats round_to_levels(const Rounding& rounding, Floats log2_p) {
+  const Floats position = (log2_p - rounding.log2_threshold) * (1.0f / rounding.step);
+  const Floats highest = splat(static_cast<float>(rounding.count - 2));
+  const Floats bin = floor_of(minimum(maximum(position, splat(-1.0f)), highest));  // -1: below the threshold
+  if (rounding.mid_points && rounding.count > LANES) {
+    const Floats level = exp2_of((bin + 0.5f) * rounding.step + rounding.log2_threshold);
+    return bin < splat(0.0f) ? splat(0.0f) : level;
+  }
+  const Ints index = __builtin_convertvector(bin, Ints) + 1;
+#if !defined(__clang__)
+  if (rounding.count <= LANES) {
+    return __builtin_shuffle(load(rounding.levels), index);
+  }
+#endif
+  Floats level;
+  for (int lane = 0; lane < LANES; ++lane) {
+    level[lane] = rounding.levels[index[lane]];
+  }
+  return level;
+}
+
+}  // namespace sparse_attn::SPARSE_ATTN_ISA

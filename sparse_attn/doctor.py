@@ -1,0 +1,99 @@
+"""What this installation can do, what is missing, and what would change that: `python -m sparse_attn.doctor`."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import extension
+from .attention import backends_on
+from .backends import native, triton
+from .kernels.configuration import TABLES, shipped_table, table_name
+from .version import __version__
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        ok: whether it is there and works.
+        text: what was found.
+        remedy: the command, or what else, that would make it work; empty where nothing is to be done.
+    """
+
+    name: str
+    ok: bool
+    text: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Looks at packages, the extension, processors and backends."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {_version('transformers')}"
+    return [Finding("sparse_attn", True, f"{__version__} ({versions})"), _extension(), _triton(), *_processors()]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _extension() -> Finding:
+    reason = extension.reason()
+    if reason is not None:
+        return Finding("C++ extension", False, reason, extension.HOW_TO_GET_IT)
+    best, *others = native.capabilities()
+    also = f" (also: {', '.join(others)})" if others else ""
+    return Finding("C++ extension", True, f"kernels for {best} are used{also}, {torch.get_num_threads()} threads")
+
+
+def _triton() -> Finding:
+    if triton.TRITON_INSTALLED:
+        return Finding("Triton", True, str(_version("triton")))
+    remedy = "pip install triton" if torch.cuda.is_available() else ""
+    return Finding("Triton", not torch.cuda.is_available(), "not installed; only GPUs need it", remedy)
+
+
+def _processors() -> list[Finding]:
+    findings = []
+    if not torch.cuda.is_available():
+        text = "none: this build of torch has no CUDA" if torch.version.cuda is None else "none: torch sees no GPU"
+        findings.append(Finding("GPU", True, text))
+    for index in range(torch.cuda.device_count()):
+        findings.append(_tuning(torch.cuda.get_device_name(index)))
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return findings + [_backend(device) for device in devices]
+
+
+def _tuning(gpu: str) -> Finding:
+    if shipped_table(gpu) is not None:
+        return Finding("GPU", True, f"{gpu}, kernels tuned for it")
+    remedy = f"python -m benchmarks.tune, in the project's repository, writes {TABLES.name}/{table_name(gpu)}"
+    return Finding("GPU", False, f"{gpu}, for which the kernels are not tuned: default configurations are used", remedy)
+
+
+def _backend(device: str) -> Finding:
+    reasons = backends_on(device)
+    chosen = next(name for name in reasons if not reasons[name])
+    passed_over = [
+        f"{name} cannot ({'; '.join(reasons[name])})" for name in list(reasons)[: list(reasons).index(chosen)]
+    ]
+    return Finding(f"backend on {device}", True, ", ".join([f"{chosen} computes attention", *passed_over]))
+
+
+def main() -> None:
+    for finding in examine():
+        print(f"{'ok     ' if finding.ok else 'missing'}  {finding.name}: {finding.text}")
+        if finding.remedy:
+            print(f"         to change that: {finding.remedy}")
+
+
+if __name__ == "__main__":
+    main()

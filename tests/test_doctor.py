@@ -1,0 +1,41 @@
+"""The report on an installation."""
+
+import pytest
+import torch
+
+from sparse_attn import doctor, extension
+from sparse_attn.attention import backends_on
+from sparse_attn.backends import triton
+
+
+def report(capsys) -> str:
+    doctor.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.skipif(not extension.available(), reason="the C++ extension is not built")
+def test_names_what_computes(capsys):
+    text = report(capsys)
+    assert "ok       C++ extension: kernels for" in text
+    assert "ok       backend on cpu: native computes attention" in text
+    assert f"torch {torch.__version__}" in text
+
+
+def test_names_what_is_missing_and_the_remedy(capsys, monkeypatch):
+    monkeypatch.setattr(extension, "reason", lambda: "it was not built")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Some GPU 1")
+    monkeypatch.setattr(triton, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(doctor, "backends_on", lambda device: {"triton": ["Triton is not installed"], "torch": []})
+    text = report(capsys)
+    assert "missing  C++ extension: it was not built\n         to change that: install a C++ compiler" in text
+    assert "missing  Triton: not installed" in text and "pip install triton" in text
+    assert "missing  GPU: Some GPU 1" in text and "some-gpu-1.json" in text
+    assert "torch computes attention, triton cannot (Triton is not installed)" in text
+
+
+def test_backends_and_their_reasons():
+    assert backends_on("cpu")["reference"] == []
+    assert list(backends_on("cpu"))[:2] == ["native", "torch"]
+    assert any("float64" in reason for reason in backends_on("cpu", torch.float64)["torch"])

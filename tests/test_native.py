@@ -1,0 +1,134 @@
+"""The C++ kernels for CPUs: every instruction set, threads, processes."""
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_attn import QuantizationTable, extension, log_table, sparse_attention
+from sparse_attn.backends import native
+from tests.helpers import assert_within_budget, gradients, random_inputs, random_layout
+
+pytestmark = [
+    pytest.mark.skipif(not extension.available(), reason="the C++ extension is not built"),
+    pytest.mark.usefixtures("poisoned"),
+]
+
+
+@pytest.fixture(params=native.capabilities())
+def instruction_set(request, monkeypatch):
+    monkeypatch.setattr(native, "_instruction_set", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 40, 3])
+def test_every_instruction_set_computes_the_same(instruction_set, dtype, head_dim):
+    query, key, value = random_inputs((2, 3, 75, head_dim), dtype, "cpu")
+    lengths = torch.tensor([75, 29])
+    for granularity in ("element", "tile"):
+        layout = random_layout(3, 80, 0.7, "cpu", granularity)
+        for arguments in (
+            {},
+            dict(bits=3, key_lengths=lengths, query_lengths=lengths),
+            dict(bits=5, causal=True),
+            dict(bits=QuantizationTable(1e-2, (0.0, 0.03, 0.2, 0.7)), key_padding_mask=torch.rand(2, 75) < 0.6),
+            dict(bits=QuantizationTable(1e-3, tuple(2 * level for level in log_table(6).levels))),
+        ):
+            result = sparse_attention(query, key, value, layout, backend="native", **arguments)
+            assert_within_budget(result, query, key, value, layout, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(bits=3, dropout=0.3), dict(causal=True, bits=6)])
+def test_every_instruction_set_has_the_same_gradients(instruction_set, arguments):
+    layout = random_layout(2, 50, 0.6, "cpu")
+    tensors = random_inputs((2, 2, 43, 24), torch.float32, "cpu")
+    grad_output = torch.randn_like(tensors[0])
+    arguments = dict(arguments, key_lengths=torch.tensor([43, 18]), key_padding_mask=torch.rand(2, 43) < 0.8)
+    ours = gradients(tensors, layout, grad_output, "native", **arguments)
+    exact = gradients(tensors, layout, grad_output, "reference", **arguments)
+    for own, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(own, true, atol=2e-5, rtol=1e-4)
+
+
+def test_conversions_round_like_torch(instruction_set):
+    """One key with weight 1 hands its value through: what comes out is the value in the dtype, rounded to nearest."""
+    special = [0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e6, 6e-8, 2.9e-8, 3.1e-8, 6.1e-5, 5.9e-5, 1e-30, 3.3e38]
+    exact = torch.cat([torch.tensor(special), torch.randn(50) * 10.0 ** torch.randint(-9, 6, (50,))])
+    layout = random_layout(1, 1, 0.0, "cpu")
+    for dtype in (torch.float16, torch.bfloat16):
+        value = exact.to(dtype).nan_to_num(posinf=60000.0, neginf=-60000.0).view(1, 1, 1, -1)
+        key = torch.zeros_like(value)
+        assert torch.equal(sparse_attention(key, key, value, layout, backend="native"), value)
+        # Half of one key and half of another: their mean needs rounding.
+        pair = torch.stack((value, value.roll(1, -1)), dim=2).view(1, 1, 2, -1)
+        zeros = torch.zeros_like(pair)
+        result = sparse_attention(zeros, zeros, pair, random_layout(1, 2, 0.0, "cpu"), backend="native")
+        assert torch.equal(result[0, 0, 0], pair[0, 0].float().mean(0).to(dtype))
+
+
+def test_threads_do_not_change_results():
+    layout = random_layout(3, 200, 0.8, "cpu")
+    tensors = random_inputs((2, 3, 200, 64), torch.float32, "cpu")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(gradients(tensors, layout, tensors[0], "native", bits=3, dropout=0.2))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(own, first) for own, first in zip(result, results[0]))
+
+
+def test_several_python_threads_at_once():
+    layout = random_layout(2, 100, 0.8, "cpu")
+    cases = [random_inputs((2, 2, 100, 32), torch.float32, "cpu") for _ in range(8)]
+
+    def attend(tensors):
+        with torch.inference_mode():
+            return sparse_attention(*tensors, layout, backend="native")
+
+    expected = [attend(tensors) for tensors in cases]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(attend, cases * 4))
+    assert all(torch.equal(own, true) for own, true in zip(found, expected * 4))
+
+
+def _attend_in_child(tensors, layout, queue):
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    queue.put(sparse_attention(*tensors, layout, backend="native").sum().item())
+
+
+def test_works_after_a_fork():
+    layout, tensors = random_layout(2, 60, 0.8, "cpu"), random_inputs((1, 2, 60, 32), torch.float32, "cpu")
+    expected = sparse_attention(*tensors, layout, backend="native").sum().item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_attend_in_child, args=(tensors, layout, queue))
+    child.start()
+    assert queue.get(timeout=60) == pytest.approx(expected)
+    child.join()
+
+
+def test_shapes_without_elements():
+    layout = random_layout(2, 20, 0.5, "cpu")
+    for batch, length in ((0, 5), (2, 0)):
+        tensors = random_inputs((batch, 2, length, 16), torch.float32, "cpu")
+        assert sparse_attention(*tensors, layout, backend="native").shape == (batch, 2, length, 16)
+        assert all(one.shape == (batch, 2, length, 16) for one in gradients(tensors, layout, tensors[0], "native"))
+
+
+def test_an_unknown_instruction_set_is_named(monkeypatch):
+    monkeypatch.setattr(native, "_instruction_set", "avx1024")
+    with pytest.raises(RuntimeError, match="no kernels for the instruction set avx1024"):
+        sparse_attention(*random_inputs((1, 1, 4, 16), torch.float32, "cpu"), random_layout(1, 4, 0.0, "cpu"))
+
+
+def test_capabilities_name_what_this_processor_has():
+    assert native.capabilities()[-1] == "portable"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    assert ("avx512" in native.capabilities()) == {"avx512f", "avx512bw", "avx512dq", "avx512vl"}.issubset(flags)
