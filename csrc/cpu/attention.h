@@ -87,6 +87,7 @@ extern const Kernels PORTABLE_KERNELS;
 #if defined(__x86_64__)
 extern const Kernels AVX2_KERNELS;
 extern const Kernels AVX512_KERNELS;
+extern const Kernels AVX512_BF16_KERNELS;
 #endif
 
 }  // namespace sparse_attn

@@ -4,35 +4,11 @@
 #pragma once
 
 #include "attention_steps.h"
+#if defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
+#include "attention_bfloat16.h"
+#endif
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
-
-// A thread's memory for one head at a time, all of it in floats.
-struct Workspace {
-  float *first_lanes, *second_lanes;    // [dims][LANES]
-  float *first_scores, *second_scores;  // [entries][LANES]
-  float *first_rows, *second_rows;      // [length][dims], copies of rows that are not float32
-  int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
-
-  static int64_t length(const Call& call) {
-    return (std::max(call.query_len, call.key_len) + GROUP_ROWS) / GROUP_ROWS * GROUP_ROWS;
-  }
-  static int64_t floats(const Call& call) {
-    return 2 * (padded_dim(call.head_dim) * (LANES + length(call)) + length(call) * LANES + length(call));
-  }
-  Workspace(const Call& call, float* memory) {
-    const auto take = [&memory](int64_t floats) {
-      float* start = memory;
-      memory += floats;
-      return start;
-    };
-    const int64_t dims = padded_dim(call.head_dim), entries = length(call);
-    first_lanes = take(dims * LANES), second_lanes = take(dims * LANES);
-    first_scores = take(entries * LANES), second_scores = take(entries * LANES);
-    first_rows = take(entries * dims), second_rows = take(entries * dims);
-    rows = reinterpret_cast<int32_t*>(take(entries)), kept = reinterpret_cast<int32_t*>(take(entries));
-  }
-};
 
 // The keys that a group of queries meets, those that padding or causality hides left out.
 inline Entries keys_of_group(
@@ -90,14 +66,41 @@ inline void prefetch_rows(const Head& head, int64_t first, int64_t end) {
   }
 }
 
-inline void forward(const Forward& call, const Task& task, const Task& next, float* memory) {
+// The two products of the forward pass in float32.
+struct FloatProducts {
+  int64_t dims;
+  float* lanes;
+  float factor;
+  Rows keys, values;
+
+  FloatProducts(const Forward& call, const Sequence& sequence, const Task& task, const Workspace& space)
+      : dims(padded_dim(call.head_dim)),
+        lanes(space.first_lanes),
+        factor(call.scale * LOG2_E),
+        keys(rows_of(head_of(call, call.key, sequence, task.head), sequence.keys_end, space.first_rows)),
+        values(rows_of(head_of(call, call.value, sequence, task.head), sequence.keys_end, space.second_rows)) {
+  }
+
+  void load_queries(const Head& query, int64_t first_row, uint32_t alive) const {
+    load_lanes(query, first_row, alive, factor, lanes);
+  }
+  template <class Visit>
+  SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
+    products(lanes, dims, keys, list, visit);
+  }
+  template <class Visit>
+  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, Visit visit) const {
+    weighted_rows(weights, dims, values, list, visit);
+  }
+};
+
+template <class Products>
+inline void forward_with(const Forward& call, const Task& task, const Task& next, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
   const Head query = head_of(call, call.query, sequence, task.head);
   const Head output = head_of(call, call.output, sequence, task.head);
-  const int64_t dims = padded_dim(call.head_dim), offset = call.query_offset;
-  const Rows keys = rows_of(head_of(call, call.key, sequence, task.head), sequence.keys_end, space.first_rows);
-  const Rows values = rows_of(head_of(call, call.value, sequence, task.head), sequence.keys_end, space.second_rows);
+  const Products products(call, sequence, task, space);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const Sequence after = sequence_of(call, next.batch);
   const Head next_heads[] = {
@@ -108,14 +111,14 @@ inline void forward(const Forward& call, const Task& task, const Task& next, flo
   float* scores = space.first_scores;
 
   for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
-    const int64_t group = part / PARTS, first_row = part * LANES - offset;
+    const int64_t group = part / PARTS, first_row = part * LANES - call.query_offset;
     const int shift = static_cast<int>(part % PARTS) * LANES;
     const uint32_t alive = bits_between(first_row, LANES, 0, sequence.rows_end);
     const uint32_t stored = bits_between(first_row, LANES, 0, sequence.rows_stored);
     Entries list{nullptr, nullptr, 0};
     if (alive) {
       list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
-      load_lanes(query, first_row, alive, call.scale * LOG2_E, space.first_lanes);
+      products.load_queries(query, first_row, alive);
     }
     // The next head's rows come into the cache while this one is computed.
     for (const Head& head : next_heads) {
@@ -123,7 +126,7 @@ inline void forward(const Forward& call, const Task& task, const Task& next, flo
     }
 
     Floats highest = minus_infinity;
-    products(space.first_lanes, dims, keys, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+    products.scores(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
       score = kept_or(list, entry, shift, score, -std::numeric_limits<float>::infinity());
       highest = maximum(score, highest);
       store(scores + entry * LANES, score);
@@ -169,13 +172,23 @@ inline void forward(const Forward& call, const Task& task, const Task& next, flo
       }
     }
     normaliser = select(alive, normaliser, splat(0.0f));  // padding rows yield zeros
-    weighted_rows(scores, dims, values, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
+    products.outputs(scores, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
       for (int i = 0; i < LANES; ++i) {
         block[i] *= normaliser;
       }
       store_lanes(output, first_row, stored, dim, block);
     });
   }
+}
+
+inline void forward(const Forward& call, const Task& task, const Task& next, float* memory) {
+#if defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
+  if (BFloat16Products::fit(call)) {
+    forward_with<BFloat16Products>(call, task, next, memory);
+    return;
+  }
+#endif
+  forward_with<FloatProducts>(call, task, next, memory);
 }
 
 // dq of a group of queries, and delta = rowsum(p * dp) of its rows for `backward_key_value`.

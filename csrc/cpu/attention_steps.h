@@ -206,6 +206,7 @@ template <class Visit>
 SPARSE_ATTN_INLINE void weighted_rows(const float* weights, int64_t dims, Rows rows, const Entries& list, Visit visit) {
   for (int64_t dim = 0; dim < dims; dim += LANES) {
     Floats sum[LANES];
+#pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) {
       sum[i] = splat(0.0f);
     }
@@ -217,7 +218,12 @@ SPARSE_ATTN_INLINE void weighted_rows(const float* weights, int64_t dims, Rows r
         sum[i] += weight * row[i];
       }
     }
-    visit(dim, sum);
+    Floats block[LANES];  // a copy, so that the sums themselves stay in registers
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      block[i] = sum[i];
+    }
+    visit(dim, block);
   }
 }
 
@@ -257,14 +263,15 @@ struct RowNumbers {
 
 // The levels of rounding for log2 of probabilities.
 SPARSE_ATTN_INLINE Floats round_to_levels(const Rounding& rounding, Floats log2_p) {
-  const Floats position = (log2_p - rounding.log2_threshold) * (1.0f / rounding.step);
-  const Floats highest = splat(static_cast<float>(rounding.count - 2));
-  const Floats bin = floor_of(minimum(maximum(position, splat(-1.0f)), highest));  // -1: below the threshold
+  const float bins = 1.0f / rounding.step;
+  const Floats position = log2_p * bins + (1.0f - rounding.log2_threshold * bins);  // below 1: under the threshold
+  const Floats highest = splat(static_cast<float>(rounding.count - 1));
+  const Ints index = __builtin_convertvector(minimum(maximum(position, splat(0.0f)), highest), Ints);
   if (rounding.mid_points && rounding.count > LANES) {
-    const Floats level = exp2_of((bin + 0.5f) * rounding.step + rounding.log2_threshold);
-    return bin < splat(0.0f) ? splat(0.0f) : level;
+    const Floats middle = __builtin_convertvector(index, Floats) - 0.5f;
+    const Floats level = exp2_of(middle * rounding.step + rounding.log2_threshold);
+    return index == 0 ? splat(0.0f) : level;
   }
-  const Ints index = __builtin_convertvector(bin, Ints) + 1;
 #if !defined(__clang__)
   if (rounding.count <= LANES) {
     return __builtin_shuffle(load(rounding.levels), index);
@@ -276,5 +283,32 @@ SPARSE_ATTN_INLINE Floats round_to_levels(const Rounding& rounding, Floats log2_
   }
   return level;
 }
+
+// A thread's memory for one head at a time, all of it in floats.
+struct Workspace {
+  float *first_lanes, *second_lanes;    // [dims][LANES]
+  float *first_scores, *second_scores;  // [entries][LANES]
+  float *first_rows, *second_rows;      // [length][dims], copies of rows that are not float32
+  int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
+
+  static int64_t length(const Call& call) {
+    return (std::max(call.query_len, call.key_len) + GROUP_ROWS) / GROUP_ROWS * GROUP_ROWS;
+  }
+  static int64_t floats(const Call& call) {
+    return 2 * (padded_dim(call.head_dim) * (LANES + length(call)) + length(call) * LANES + length(call));
+  }
+  Workspace(const Call& call, float* memory) {
+    const auto take = [&memory](int64_t floats) {
+      float* start = memory;
+      memory += floats;
+      return start;
+    };
+    const int64_t dims = padded_dim(call.head_dim), entries = length(call);
+    first_lanes = take(dims * LANES), second_lanes = take(dims * LANES);
+    first_scores = take(entries * LANES), second_scores = take(entries * LANES);
+    first_rows = take(entries * dims), second_rows = take(entries * dims);
+    rows = reinterpret_cast<int32_t*>(take(entries)), kept = reinterpret_cast<int32_t*>(take(entries));
+  }
+};
 
 }  // namespace sparse_attn::SPARSE_ATTN_ISA

@@ -31,7 +31,8 @@ using Shorts = uint16_t __attribute__((vector_size(2 * SPARSE_ATTN_LANES)));
 #define SPARSE_ATTN_HIGH 2, 6, 3, 7
 #endif
 
-#define SPARSE_ATTN_INLINE static inline __attribute__((always_inline))
+#define SPARSE_ATTN_INLINE_MEMBER inline __attribute__((always_inline))
+#define SPARSE_ATTN_INLINE static SPARSE_ATTN_INLINE_MEMBER
 
 SPARSE_ATTN_INLINE Floats splat(float value) {
   return Floats{} + value;
@@ -74,11 +75,6 @@ struct Rounded {
 SPARSE_ATTN_INLINE Rounded nearest(Floats x) {
   const Floats shifted = x + 12582912.0f;
   return {shifted - 12582912.0f, reinterpret_cast<Ints>(shifted)};
-}
-
-SPARSE_ATTN_INLINE Floats floor_of(Floats x) {
-  const Floats near = nearest(x).value;
-  return near > x ? near - 1.0f : near;
 }
 
 // 2^x to 2 units in the last place for x <= 127; 0 below 2^-126.

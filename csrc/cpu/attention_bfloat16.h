@@ -1,0 +1,206 @@
+// The two products of the forward pass on pairs of bfloat16, summed in float32: AVX512-BF16's dot products take two
+// elements at a time, so both sides lie in pairs. A query row is a lane, as in the float32 kernels.
+#pragma once
+
+#include <immintrin.h>
+
+#include "attention_steps.h"
+
+namespace sparse_attn::SPARSE_ATTN_ISA {
+
+using Halves = uint16_t __attribute__((vector_size(64)));
+
+constexpr int64_t PAIRED_DIMS = 2 * LANES;  // what a register of pairs holds
+
+SPARSE_ATTN_INLINE Floats add_products(Floats sum, int32_t pair, Floats lanes) {
+  return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
+      reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(lanes), reinterpret_cast<__m512bh>(Ints{} + pair)));
+}
+
+SPARSE_ATTN_INLINE Words rounded_to_bfloat16(Floats lanes) {
+  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(lanes));
+  return __builtin_convertvector(reinterpret_cast<Shorts>(halves), Words);
+}
+
+// Two weights as a pair of bfloat16 in each lane.
+SPARSE_ATTN_INLINE Floats weight_pair(Floats first, Floats second) {
+  return reinterpret_cast<Floats>(rounded_to_bfloat16(first) | (rounded_to_bfloat16(second) << 16));
+}
+
+SPARSE_ATTN_INLINE int32_t pair_at(const uint16_t* elements) {
+  int32_t pair;
+  std::memcpy(&pair, elements, sizeof pair);
+  return pair;
+}
+
+struct BFloat16Products {
+  int64_t dims;
+  float *lanes, *weight_pairs, *value_pairs;
+  float factor;
+  Head keys, values;
+
+  static bool fit(const Call& call) {
+    return call.element == Element::BFloat16 && call.head_dim % PAIRED_DIMS == 0 && call.query.dim == 1 &&
+           call.key.dim == 1 && call.value.dim == 1;
+  }
+  BFloat16Products(const Forward& call, const Sequence& sequence, const Task& task, const Workspace& space)
+      : dims(call.head_dim),
+        lanes(space.first_lanes),
+        weight_pairs(space.second_scores),
+        value_pairs(space.second_rows),
+        factor(call.scale * LOG2_E),
+        keys(head_of(call, call.key, sequence, task.head)),
+        values(head_of(call, call.value, sequence, task.head)) {
+  }
+
+  // Rows of pairs, transposed to [dims / 2][16].
+  void load_queries(const Head& query, int64_t first_row, uint32_t alive) const {
+    for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
+      Floats block[LANES];
+      for (int lane = 0; lane < LANES; ++lane) {
+        block[lane] =
+            alive >> lane & 1 ? load(reinterpret_cast<const float*>(query.at(first_row + lane, dim))) : splat(0.0f);
+      }
+      transpose(block);
+      for (int i = 0; i < LANES; ++i) {
+        store(lanes + (dim / 2 + i) * LANES, block[i]);
+      }
+    }
+  }
+
+  template <class Visit>
+  SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
+    for (int64_t first = 0; first < list.count; first += ENTRIES) {
+      const int64_t count = std::min<int64_t>(ENTRIES, list.count - first);
+      const uint16_t* row[ENTRIES];
+      Floats sum[ENTRIES];
+      for (int i = 0; i < ENTRIES; ++i) {
+        row[i] = reinterpret_cast<const uint16_t*>(keys.at(list.rows[first + (i < count ? i : 0)], 0));
+        sum[i] = splat(0.0f);
+      }
+      for (int64_t dim = 0; dim < dims; dim += 2) {
+        const Floats lane = load(lanes + dim / 2 * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < ENTRIES; ++i) {
+          sum[i] = add_products(sum[i], pair_at(row[i] + dim), lane);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < ENTRIES; ++i) {
+        if (i < count) {
+          visit(first + i, sum[i] * factor);
+        }
+      }
+    }
+  }
+
+  template <class Visit>
+  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, Visit visit) const {
+    const int64_t pairs = (list.count + 1) / 2;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t first = 2 * pair, second = std::min(first + 1, list.count - 1);
+      const Floats second_weight = second > first ? load(weights + second * LANES) : splat(0.0f);
+      store(weight_pairs + pair * LANES, weight_pair(load(weights + first * LANES), second_weight));
+      for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
+        Halves a, b;
+        std::memcpy(&a, values.at(list.rows[first], dim), sizeof a);
+        std::memcpy(&b, values.at(list.rows[second], dim), sizeof b);
+        const Halves low = __builtin_shufflevector(
+            a,
+            b,
+            0,
+            32,
+            1,
+            33,
+            2,
+            34,
+            3,
+            35,
+            4,
+            36,
+            5,
+            37,
+            6,
+            38,
+            7,
+            39,
+            8,
+            40,
+            9,
+            41,
+            10,
+            42,
+            11,
+            43,
+            12,
+            44,
+            13,
+            45,
+            14,
+            46,
+            15,
+            47);
+        const Halves high = __builtin_shufflevector(
+            a,
+            b,
+            16,
+            48,
+            17,
+            49,
+            18,
+            50,
+            19,
+            51,
+            20,
+            52,
+            21,
+            53,
+            22,
+            54,
+            23,
+            55,
+            24,
+            56,
+            25,
+            57,
+            26,
+            58,
+            27,
+            59,
+            28,
+            60,
+            29,
+            61,
+            30,
+            62,
+            31,
+            63);
+        store(value_pairs + pair * dims + dim, reinterpret_cast<Floats>(low));
+        store(value_pairs + pair * dims + dim + LANES, reinterpret_cast<Floats>(high));
+      }
+    }
+    for (int64_t dim = 0; dim < dims; dim += LANES) {
+      Floats sum[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
+        sum[i] = splat(0.0f);
+      }
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const Floats weight = load(weight_pairs + pair * LANES);
+        const auto* value = reinterpret_cast<const uint16_t*>(value_pairs + pair * dims + dim);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) {
+          sum[i] = add_products(sum[i], pair_at(value + 2 * i), weight);
+        }
+      }
+      Floats block[LANES];  // a copy, so that the sums themselves stay in registers
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
+        block[i] = sum[i];
+      }
+      visit(dim, block);
+    }
+  }
+};
+
+}  // namespace sparse_attn::SPARSE_ATTN_ISA
