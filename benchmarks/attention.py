@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,14 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
         settings, workloads, variants = _asked_for(options)
     except ValueError as error:
         return _fail(error, status=2)
-    results = run(workloads, variants, settings)
+    try:
+        results = run(workloads, variants, settings, keep=partial(_write, options.json))
+    except OSError as error:
+        return _fail(error, status=1)
     print_table(results)
-    if options.json is not None:
-        try:
-            write_results(results, options.json)
-        except OSError as error:
-            return _fail(error, status=1)
     return 0 if results["rows"] else 1
+
+
+def _write(path: Path | None, results: dict[str, Any]) -> None:
+    if path is not None:
+        write_results(results, path)
 
 
 def _asked_for(options: Namespace) -> tuple[Settings, list[Workload], list[Variant]]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from sparse_attn.quantization import QuantizationTable, log_table, quantize
+from sparse_attn.quantization import log_table, quantize
 
 from .attention_inputs import Case
+from .error_budget import edge_gaps
 
 # Largest relative error, ||result - exact|| / ||exact||. Matrix units may compute float32 products in tf32.
 LIMITS = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _PAIRS = 4  # sequences and heads looked at
 _ROWS = 128  # queries of each
-_EDGE = 1e-3  # width of a bin's edge, in bins: a probability this close to it may fall on either side
 
 
 class Wrong(Exception):
@@ -90,7 +89,7 @@ class Expected:
         if self.case.bits is None:
             return softmax @ value, torch.zeros_like(value[rows])
         table = log_table(self.case.bits)
-        return quantize(softmax, table) @ value, _edge_gaps(softmax, table) @ value.abs()
+        return quantize(softmax, table) @ value, edge_gaps(softmax, table) @ value.abs()
 
     def _all_gradients(self, index: int, head: int) -> list[Tensor]:
         """Exact gradients of one sequence's query, key and value in one head: float64 [length, head_dim] each."""
@@ -124,12 +123,3 @@ def _rows(case: Case, index: int, seed: int) -> Tensor:
 
 def _relative_error(result: Tensor, exact: Tensor) -> float:
     return ((result - exact).norm() / exact.norm()).item()
-
-
-def _edge_gaps(softmax: Tensor, table: QuantizationTable) -> Tensor:
-    """The distance between the two levels beside an edge for probabilities at that edge, 0 elsewhere."""
-    position = (torch.log2(softmax) - math.log2(table.threshold)) / table.step
-    edge = position.round().clamp(0, len(table.levels) - 2)
-    levels = torch.tensor(table.levels, dtype=softmax.dtype, device=softmax.device)
-    gaps = levels[edge.long() + 1] - levels[edge.long()]
-    return torch.where((position - edge).abs() < _EDGE, gaps, 0.0)

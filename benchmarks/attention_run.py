@@ -6,7 +6,7 @@ import gc
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -48,25 +48,40 @@ class Settings:
     seed: int = 0
 
 
-def run(workloads: Sequence[Workload], variants: Sequence[Variant], settings: Settings) -> dict[str, Any]:
-    """The results of all variants on all workloads, as the JSON file has them."""
+def run(
+    workloads: Sequence[Workload],
+    variants: Sequence[Variant],
+    settings: Settings,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
+) -> dict[str, Any]:
+    """The results of all variants on all workloads, as the JSON file has them. `keep` gets what there is so far after
+    every pass, so that an interrupted run leaves something."""
     start = time.perf_counter()
-    machine = {
+    ceilings = measure_ceilings(settings.device, settings.dtype)
+    rows: list[dict[str, Any]] = []
+    absent: list[dict[str, Any]] = []
+    measured: dict[str, Any] = {}
+    results: dict[str, Any] = {
         "device": describe_device(settings.device),
         "device_type": settings.device.type,
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
+        "dtype": dtype_name(settings.dtype),
+        "arguments": {"seconds": settings.seconds, "budget": settings.budget, "seed": settings.seed},
+        "ceilings": asdict(ceilings),
+        "seconds": 0.0,
+        "workloads": measured,
+        "left_out": [workload.name for workload in workloads],
+        "rows": rows,
+        "absent": absent,
     }
-    ceilings = measure_ceilings(settings.device, settings.dtype)
-    rows: list[dict[str, Any]] = []
-    absent: list[dict[str, Any]] = []
-    measured: dict[str, Any] = {}
     for workload in workloads:
         spent = time.perf_counter() - start
         if settings.budget is not None and spent > settings.budget:
             break
         measured[workload.name] = workload.description()
+        results["left_out"].remove(workload.name)
         masks = LazyMasks(workload, settings.device)
         for direction in settings.passes:
             try:
@@ -75,22 +90,14 @@ def run(workloads: Sequence[Workload], variants: Sequence[Variant], settings: Se
                 missing = [absence_row(entry) for entry in entries if entry.reason is not None]
             except Exception as error:  # no room for the inputs, or a device that a variant broke
                 found, missing = [], [absence_of_all(workload, direction, error)]
-            rows, absent = rows + found, absent + missing
-            _say(f"{workload.name}, {direction}: {len(found)} rows, {time.perf_counter() - start:.0f} s so far")
-    left_out = [workload.name for workload in workloads if workload.name not in measured]
-    if left_out:
-        _say(f"left out, since {settings.budget:g} s were over: {', '.join(left_out)}")
-    return {
-        **machine,
-        "dtype": dtype_name(settings.dtype),
-        "arguments": {"seconds": settings.seconds, "budget": settings.budget, "seed": settings.seed},
-        "ceilings": asdict(ceilings),
-        "seconds": round(time.perf_counter() - start, 1),
-        "workloads": measured,
-        "left_out": left_out,
-        "rows": rows,
-        "absent": absent,
-    }
+            rows += found
+            absent += missing
+            results["seconds"] = round(time.perf_counter() - start, 1)
+            keep(results)
+            _say(f"{workload.name}, {direction}: {len(found)} rows, {results['seconds']:.0f} s so far")
+    if results["left_out"]:
+        _say(f"left out, since {settings.budget:g} s were over: {', '.join(results['left_out'])}")
+    return results
 
 
 class LazyMasks:

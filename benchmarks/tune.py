@@ -1,0 +1,145 @@
+"""Tunes the kernels for this machine's GPU: `python -m benchmarks.tune --help`.
+
+For each problem, the most important ones first, it compiles candidate configurations in parallel, drops those that fail
+or compute something else, times the others and writes the fastest into kernels/tuning/<gpu>.json, where the package
+finds it. The file is complete after every problem.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparse_attn.backends.triton import TRITON_INSTALLED, interpreting
+from sparse_attn.kernels.configuration import TABLES, table_name
+
+from .options import OneLineParser, at_least, can_hold_files, names, positive
+from .tune_problems import PROBLEMS, TuningProblem
+
+if TYPE_CHECKING:
+    from .tune_sweep import Tuned
+
+_START_SECONDS = 120.0
+
+
+def parse_options(arguments: list[str] | None = None) -> Namespace:
+    """The options; a bad one ends the program with one line on stderr and exit status 2."""
+    parser = OneLineParser(
+        prog="python -m benchmarks.tune",
+        description="Finds the fastest configuration of every kernel on this machine's GPU and writes them to a table.",
+        epilog="Problems, the most important first: " + ", ".join(problem.name for problem in PROBLEMS),
+    )
+    parser.add_argument(
+        "--minutes", type=positive, default=7.5, help="for all problems together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: kernels/tuning/<gpu>.json, where the package finds it"
+    )
+    parser.add_argument(
+        "--problems", type=names, help="names or patterns like 'forward-*', by commas (default: all, listed below)"
+    )
+    parser.add_argument(
+        "--processes", type=at_least(1), default=max(1, min(14, (os.cpu_count() or 1) - 2)),
+        help="that compile (default: %(default)s)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.output is not None and (options.output.is_dir() or not can_hold_files(options.output.parent)):
+        parser.error(f"argument --output: {options.output} cannot be written")
+    return options
+
+
+def chosen_problems(patterns: list[str] | None) -> list[TuningProblem]:
+    """Problems whose names match any pattern, in the order of importance. Raises ValueError for a useless pattern."""
+    if patterns is None:
+        return list(PROBLEMS)
+    for pattern in patterns:
+        if not any(fnmatchcase(problem.name, pattern) for problem in PROBLEMS):
+            raise ValueError(f"--problems: {pattern!r} matches no problem; --help lists them")
+    return [problem for problem in PROBLEMS if any(fnmatchcase(problem.name, pattern) for pattern in patterns)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Tunes. Returns the exit status: 2 for input of no use, 1 where a problem could not be tuned."""
+    end = time.monotonic()
+    options = parse_options(arguments)
+    end += 60 * options.minutes
+    try:
+        device, problems = _gpu(), chosen_problems(options.problems)
+    except ValueError as error:
+        return _fail(error, status=2)
+    from .tune_table import TableFile, line, print_outcomes  # these import Triton
+
+    name = torch.cuda.get_device_name(device)
+    path = options.output or TABLES / table_name(name)
+    try:
+        table = TableFile(path, name)
+    except (ValueError, OSError) as error:
+        return _fail(error, status=2)
+    outcomes, status = [], 0
+    try:
+        for tuned in _tuned(device, problems, options.processes, end):
+            outcomes.append(tuned)
+            if tuned.found is not None:
+                table.add(tuned)
+            _say(f"{len(outcomes)} of {len(problems)}, {end - time.monotonic():.0f} s left. {line(tuned)}")
+    except RuntimeError as error:  # the GPU or all compiling processes are lost; what was found is written
+        status = _fail(error, status=1)
+    print_outcomes(outcomes)
+    if len(outcomes) < len(problems):
+        print(f"not tuned: {len(problems) - len(outcomes)} of {len(problems)} problems, for want of time")
+    print(f"{path}: entries written: {sum(tuned.found is not None for tuned in outcomes)}")
+    return status or int(not outcomes or any(tuned.found is None for tuned in outcomes))
+
+
+def _tuned(device: torch.device, problems: list[TuningProblem], processes: int, end: float) -> Iterator[Tuned]:
+    from .tune_bench import Bench, Layouts
+    from .tune_compiling import CompilePool
+    from .tune_sweep import Sweep, device_measure
+
+    layouts, properties = Layouts(device), torch.cuda.get_device_properties(device)
+    shared_limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    with CompilePool(processes) as compiler:
+        layouts.of(problems[0])  # meanwhile, the processes start
+        compiler.wait_until_started(_START_SECONDS)
+        sweep = Sweep(
+            lambda problem: Bench(problem, device, layouts.of(problem)), compiler, device_measure(device), shared_limit
+        )
+        gc.freeze()  # making a CUDA graph may collect garbage: not among all that is imported, a thousand times
+        try:
+            yield from sweep.run(problems, end - time.monotonic())
+        finally:
+            gc.unfreeze()
+
+
+def _gpu() -> torch.device:
+    """Raises ValueError where the kernels cannot be compiled and run on a GPU."""
+    if not torch.cuda.is_available():
+        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
+        raise ValueError(f"no GPU is available ({reason}); tune on a machine with the GPU that the table is for")
+    if not TRITON_INSTALLED:
+        raise ValueError("Triton is not installed; install sparse-attn[gpu]")
+    if interpreting():
+        raise ValueError("TRITON_INTERPRET is set, so kernels would not run on the GPU; unset it")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"benchmarks.tune: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
