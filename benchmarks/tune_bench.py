@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from sparse_attn import SparseLayout, sparse_attention
+from sparse_attn.backends import native_cuda
 from sparse_attn.kernels import launch
-from sparse_attn.kernels.configuration import KernelConfig, Problem, shipped_table
+from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, shipped_table
 from sparse_attn.ops import AttentionCall, empty_output
 from sparse_attn.quantization import log_table
 
@@ -152,6 +153,20 @@ class Bench:
 
     def caller(self, config: KernelConfig) -> Callable[[], None]:
         return partial(self.launch, config)
+
+    def native_caller(self, config: BlockConfig) -> Callable[[], list[Tensor]]:
+        """A function that runs the native kernel on all layers and returns its outputs."""
+        calls = []
+        for layer in self._layers:
+            lists, sizes = native_cuda.configured_arguments(layer.layout, self.tuned.head_dim, self.tuned.dtype, config)
+            table = log_table(self.tuned.bits) if self.tuned.bits is not None else None
+            calls.append(replace(self._call, layout=lists, layout_sizes=sizes, table=table))
+        return lambda: [native_cuda.forward(call)[0] for call in calls]
+
+    def compare_outputs(self, outputs: Sequence[Tensor], limit: float) -> None:
+        """Raises WrongResult where outputs of the forward pass are not those of the default configuration."""
+        for own, (other,) in zip(outputs, self._expected, strict=True):
+            _compare(own, other, limit, "the Triton kernel's")
 
     @property
     def layers(self) -> int:

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sparse_attn.kernels.configuration import KernelConfig, Problem, entry, read_table
+from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, entry, read_table
 
 from .device import commit, versions
 from .pages import ABSENT
@@ -34,12 +34,14 @@ class TableFile:
     def __init__(self, path: Path, device: str):
         self._path, self._device = path, device
         self._entries: list[dict[str, Any]] = []
+        self._native: list[dict[str, Any]] = []
         self._commit = commit()
         if path.exists():
             other = read_table(path).device
             if other != device:
                 raise ValueError(f"{path} holds the table of {other}, this is {device}; choose another --output")
-            self._entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            self._entries, self._native = content["entries"], content.get("native", [])
 
     def add(self, tuned: Tuned) -> None:
         """Enters what was found, in the place of an entry for the same problem, and writes the file."""
@@ -65,6 +67,13 @@ class TableFile:
         )
         self._write()
 
+    def add_native(self, problem: Problem, config: BlockConfig, milliseconds: float, triton: float, on: str) -> None:
+        """Enters the native kernel's best configuration and the time of the Triton kernel beside it."""
+        self._native = [known for known in self._native if not _same(known, problem)]
+        times = {"p50_ms": round(milliseconds, 6), "triton_p50_ms": round(triton, 6)}
+        self._native.append(entry(problem, config, **times, tuned_on=on, commit=self._commit))
+        self._write()
+
     def _write(self) -> None:
         head = {
             "device": self._device,
@@ -73,8 +82,10 @@ class TableFile:
             "versions": versions(),
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-        entries = ",\n".join(f"    {json.dumps(one)}" for one in self._entries)
-        text = ",\n".join([*lines, f'  "entries": [\n{entries}\n  ]'])
+        for name, entries in (("entries", self._entries), ("native", self._native)):
+            listed = ",\n".join(f"    {json.dumps(one)}" for one in entries)
+            lines.append(f'  "{name}": [\n{listed}\n  ]')
+        text = ",\n".join(lines)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_name(f".{self._path.name}.unfinished")
         unfinished.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Which configuration a kernel runs with: data in tuning/*.json, one table per GPU and a default.
+"""Which configuration a kernel runs with on a GPU, and which kernel is faster: data in tuning/*.json, one table per GPU
+and a default.
 
 This module needs no Triton, so that a backend can choose a layout for a kernel without importing it.
 """
@@ -10,9 +11,11 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -68,25 +71,53 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class BlockConfig:
+    """How the CUDA kernel is cut.
+
+    Attributes:
+        warps: of a block.
+        parts: blocks that share the queries of a head, each with all its keys.
+        faster: whether it was measured to be faster than the Triton kernel.
+    """
+
+    warps: int = 6  # two blocks fit into a multiprocessor
+    parts: int = 1
+    faster: bool = False
+
+
+@dataclass(frozen=True)
 class TuningTable:
-    """Configurations that were found best on one device, each for the problem that it was found for."""
+    """Configurations that were found best on one device, each for the problem that it was found for: those of the
+    Triton kernels, and those of the native one."""
 
     device: str
     entries: tuple[tuple[Problem, KernelConfig], ...]
+    native: tuple[tuple[Problem, BlockConfig], ...] = ()
 
     def nearest(self, problem: Problem) -> KernelConfig | None:
         """The configuration for the nearest problem of the same kernel, rounding and element size whose head_dim is the
         smallest that is not smaller; None if there is none."""
-        usable = [
-            (known, config)
-            for known, config in self.entries
-            if (known.kernel, known.rounded, known.element_bytes)
-            == (problem.kernel, problem.rounded, problem.element_bytes)
-            and known.head_dim >= problem.head_dim
-        ]
-        if not usable:
-            return None
-        return min(usable, key=lambda entry: (entry[0].head_dim, entry[0].distance(problem)))[1]
+        return _nearest(self.entries, problem)
+
+    def nearest_native(self, problem: Problem) -> BlockConfig | None:
+        """The same for the native kernel."""
+        return _nearest(self.native, problem)
+
+
+Config = TypeVar("Config")
+
+
+def _nearest(entries: Sequence[tuple[Problem, Config]], problem: Problem) -> Config | None:
+    usable = [
+        (known, config)
+        for known, config in entries
+        if (known.kernel, known.rounded, known.element_bytes)
+        == (problem.kernel, problem.rounded, problem.element_bytes)
+        and known.head_dim >= problem.head_dim
+    ]
+    if not usable:
+        return None
+    return min(usable, key=lambda entry: (entry[0].head_dim, entry[0].distance(problem)))[1]
 
 
 def read_table(path: str | os.PathLike) -> TuningTable:
@@ -94,14 +125,15 @@ def read_table(path: str | os.PathLike) -> TuningTable:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         entries = tuple((_pick(Problem, entry), _pick(KernelConfig, entry)) for entry in content["entries"])
-        return TuningTable(content["device"], entries)
+        native = tuple((_pick(Problem, entry), _pick(BlockConfig, entry)) for entry in content.get("native", ()))
+        return TuningTable(content["device"], entries, native)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a tuning table ({type(error).__name__}: {error}); `python -m benchmarks.tune` writes one"
         ) from error
 
 
-def entry(problem: Problem, config: KernelConfig, **measured: object) -> dict[str, object]:
+def entry(problem: Problem, config: KernelConfig | BlockConfig, **measured: object) -> dict[str, object]:
     """One entry of a table's JSON."""
     return {**asdict(problem), **asdict(config), **measured}
 
@@ -132,8 +164,8 @@ def choose(problem: Problem, device: torch.device) -> KernelConfig:
 
     Raises ValueError for a head_dim that no configuration holds.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    table = _used.get(name) or shipped_table(name)
+    name = _name(device)
+    table = _table(name)
     if table is None and device.type == "cuda":
         _warn_untuned(name)
     config = (table.nearest(problem) if table else None) or shipped_table().nearest(problem)
@@ -143,6 +175,20 @@ def choose(problem: Problem, device: torch.device) -> KernelConfig:
             f"elements; the largest head_dim is {MAX_HEAD_DIM}"
         )
     return config
+
+
+def choose_native(problem: Problem, device: torch.device) -> BlockConfig:
+    """The configuration of the native kernel for `problem` on a GPU: from its table if it has been measured there."""
+    table = _table(_name(device))
+    return (table.nearest_native(problem) if table else None) or BlockConfig()
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _table(name: str) -> TuningTable | None:
+    return _used.get(name) or shipped_table(name)
 
 
 @cache

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends import AUTOMATIC, BACKENDS, reference
+from .backends import AUTOMATIC, BACKENDS, automatic, reference
 from .layout import SparseLayout
 from .ops import AttentionCall, run
 from .quantization import QuantizationTable, as_table
@@ -63,7 +63,8 @@ def sparse_attention(
         dropout: share of probabilities dropped; the seed comes from torch's generator.
         return_lse: also return the log-sum-exp of each row's kept scores, float32 [batch, heads, query_len], or
             [heads, tokens] when packed. It carries no gradient.
-        backend: "triton", "torch", "reference", or "auto" for the fastest that can. A named backend runs or raises.
+        backend: "triton", "native", "torch", "reference", or "auto" for the fastest that can. A named backend runs or
+            raises.
 
     Returns:
         Tensor in the shape and dtype of the query, or (tensor, lse).
@@ -77,7 +78,7 @@ def sparse_attention(
         causal, query_offset, dropout,
     )  # fmt: skip
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    chosen = choose_backend(call, training, backend)
+    chosen = choose_backend(call, layout, training, backend)
     tensors, sizes = _layout_arguments(chosen, layout, query.shape[-1], query.dtype, call.table is not None, training)
     need_lse = return_lse or (training and chosen.BACKWARD_USES_LSE)
     output, lse = run(replace(call, layout=tensors, layout_sizes=sizes, need_lse=need_lse), chosen.NAME)
@@ -132,10 +133,13 @@ def prepare(
         ValueError: an unknown backend, or a head_dim that it cannot compute.
     """
     _check_backend(backend)
-    first_choice = _automatic(layout.device)[0] if backend == "auto" else BACKENDS[backend]
     for with_bits in (False, True) if rounded is None else (rounded,):
         for training in (False, True):
-            _layout_arguments(first_choice, layout, head_dim, dtype, with_bits, training)
+            names = [backend]
+            if backend == "auto":  # the first choice may refuse some calls, whose place the usual one takes then
+                names = [automatic(layout, head_dim, dtype, with_bits, training)[0], _usual(layout.device)[0]]
+            for name in names:
+                _layout_arguments(BACKENDS[name], layout, head_dim, dtype, with_bits, training)
 
 
 def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:
@@ -145,7 +149,7 @@ def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) 
     layout = SparseLayout(torch.ones(1, 16, 16, dtype=torch.bool, device=device))
     tensors = [torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)] * 3
     call = _checked_call(*tensors, layout, None, None, None, None, None, None, None, False, 0, 0.0)
-    preferred = [backend.NAME for backend in _automatic(device)]
+    preferred = _usual(device)
     names = [*preferred, *(name for name in BACKENDS if name not in preferred)]
     return {name: BACKENDS[name].unsupported(call, training=False) for name in names}
 
@@ -193,7 +197,7 @@ def _checked_call(
     )
 
 
-def _automatic(device: torch.device) -> tuple[ModuleType, ...]:
+def _usual(device: torch.device) -> tuple[str, ...]:
     return AUTOMATIC.get(device.type, AUTOMATIC["cpu"])
 
 
@@ -202,18 +206,20 @@ def _check_backend(backend: str) -> None:
         raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
 
 
-def choose_backend(call: AttentionCall, training: bool, backend: str) -> ModuleType:
+def choose_backend(call: AttentionCall, layout: SparseLayout, training: bool, backend: str) -> ModuleType:
     """The backend that will compute `call`: the one named, or the first one that can for "auto"."""
     _check_backend(backend)
-    candidates = _automatic(call.query.device) if backend == "auto" else (BACKENDS[backend],)
+    names = (backend,)
+    if backend == "auto":
+        names = automatic(layout, call.query.shape[-1], call.query.dtype, call.table is not None, training)
     refusals = {}
-    for candidate in candidates:
-        refusals[candidate.NAME] = candidate.unsupported(call, training)
-        if not refusals[candidate.NAME]:
+    for name in names:
+        refusals[name] = BACKENDS[name].unsupported(call, training)
+        if not refusals[name]:
             if len(refusals) > 1 and not torch.compiler.is_compiling():
-                refusals.pop(candidate.NAME)
-                _warn_slower(candidate.NAME, _listed(refusals))
-            return candidate
+                refusals.pop(name)
+                _warn_slower(name, _listed(refusals))
+            return BACKENDS[name]
     reasons = _listed(refusals)
     raise RuntimeError(f"cannot compute attention for {describe(call)} with backend {backend!r}. {reasons}")
 

@@ -10,7 +10,7 @@ import torch
 
 from . import extension
 from .attention import backends_on
-from .backends import native, triton
+from .backends import native_cpu, native_cuda, triton
 from .kernels.configuration import TABLES, shipped_table, table_name
 from .version import __version__
 
@@ -35,7 +35,8 @@ class Finding:
 def examine() -> list[Finding]:
     """Looks at packages, the extension, processors and backends."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {_version('transformers')}"
-    return [Finding("sparse_attn", True, f"{__version__} ({versions})"), _extension(), _triton(), *_processors()]
+    package = Finding("sparse_attn", True, f"{__version__} ({versions})")
+    return [package, _extension(), *_cuda_kernel(), _triton(), *_processors()]
 
 
 def _version(package: str) -> str | None:
@@ -49,9 +50,20 @@ def _extension() -> Finding:
     reason = extension.reason()
     if reason is not None:
         return Finding("C++ extension", False, reason, extension.HOW_TO_GET_IT)
-    best, *others = native.capabilities()
+    best, *others = native_cpu.instruction_sets()
     also = f" (also: {', '.join(others)})" if others else ""
     return Finding("C++ extension", True, f"kernels for {best} are used{also}, {torch.get_num_threads()} threads")
+
+
+def _cuda_kernel() -> list[Finding]:
+    """Only what a torch with CUDA can use."""
+    if torch.version.cuda is None or not extension.available():
+        return []
+    if native_cuda.built():
+        return [Finding("CUDA kernel", True, "built into the extension")]
+    return [
+        Finding("CUDA kernel", False, "not built: there was no nvcc", f"install nvcc, then {extension.HOW_TO_GET_IT}")
+    ]
 
 
 def _triton() -> Finding:

@@ -72,6 +72,7 @@ class SparseLayout:
     Attributes:
         heads, query_len, key_len, device: of the mask.
         arguments: what backends wanted of this layout so far, by backend and kind of call.
+        automatic: the backends to try for "auto", by kind of call.
     """
 
     def __init__(self, keep: torch.Tensor):
@@ -88,6 +89,7 @@ class SparseLayout:
         self._lists: dict[tuple[int, bool, bool], ColumnLists] = {}
         self._work: dict[int, float] = {}
         self.arguments: dict[tuple, tuple[list[torch.Tensor], tuple[int, ...]]] = {}
+        self.automatic: dict[tuple, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -131,6 +133,12 @@ class SparseLayout:
             entries = sum(int(_group_counts(head, rows).count_nonzero()) for head in self._source)
             self._work[rows] = entries / (self.heads * -(-self.query_len // rows) * self.key_len)
         return self._work[rows]
+
+    @property
+    def spread(self) -> float:
+        """How much more work groups of 64 queries do than groups of 16: from 1 (neighbouring queries keep the same
+        keys) to 4 (they keep different ones)."""
+        return self.work(64) / self.work(16) if self.work(16) else 1.0
 
     def to(self, device: torch.device | str) -> SparseLayout:
         """The same layout on another device. Lists move along; the dense forms are made there when asked for."""

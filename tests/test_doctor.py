@@ -5,7 +5,7 @@ import torch
 
 from sparse_attn import doctor, extension
 from sparse_attn.attention import backends_on
-from sparse_attn.backends import triton
+from sparse_attn.backends import native_cuda, triton
 
 
 def report(capsys) -> str:
@@ -33,6 +33,15 @@ def test_names_what_is_missing_and_the_remedy(capsys, monkeypatch):
     assert "missing  Triton: not installed" in text and "pip install triton" in text
     assert "missing  GPU: Some GPU 1" in text and "some-gpu-1.json" in text
     assert "torch computes attention, triton cannot (Triton is not installed)" in text
+
+
+@pytest.mark.skipif(not extension.available(), reason="the C++ extension is not built")
+def test_an_extension_without_the_kernel_for_gpus_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native_cuda, "built", lambda: False)
+    assert "missing  CUDA kernel: not built: there was no nvcc" in report(capsys)
+    monkeypatch.setattr(native_cuda, "built", lambda: True)
+    assert "ok       CUDA kernel: built into the extension" in report(capsys)
 
 
 def test_backends_and_their_reasons():

@@ -11,9 +11,27 @@ and has registered its forward (and backward) with `sparse_attn.ops`.
 
 from types import ModuleType
 
+from torch import dtype as Dtype
+
+from ..layout import SparseLayout
 from . import native, reference, torch, triton
 
 BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, native, torch, reference)}
 
 # What backend="auto" tries, fastest first. On a CPU, Triton's interpreter runs only when asked for by name.
-AUTOMATIC: dict[str, tuple[ModuleType, ...]] = {"cuda": (triton, torch, reference), "cpu": (native, torch, reference)}
+AUTOMATIC: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "native", "torch", "reference"),
+    "cpu": ("native", "torch", "reference"),
+}
+
+
+def automatic(layout: SparseLayout, head_dim: int, dtype: Dtype, rounded: bool, training: bool) -> tuple[str, ...]:
+    """What backend="auto" tries for such calls, fastest first: on a GPU the native kernel is before the Triton kernel
+    where its tuning table says that it was faster."""
+    kind = (head_dim, dtype, rounded, training)
+    if kind not in layout.automatic:
+        names = AUTOMATIC.get(layout.device.type, AUTOMATIC["cpu"])
+        if native.known_to_be_faster(layout, *kind):
+            names = (native.NAME, *(name for name in names if name != native.NAME))
+        layout.automatic[kind] = names
+    return layout.automatic[kind]

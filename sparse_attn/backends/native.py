@@ -1,46 +1,32 @@
-"""Attention by the C++ kernels of `csrc` over column lists for 16 rows: on a CPU, forward and backward."""
+"""Attention by the C++ and CUDA kernels of `csrc`: on CPUs forward and backward, on NVIDIA GPUs forward."""
 
 from __future__ import annotations
 
-import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import extension
-from ..dropout import drop_threshold
 from ..layout import SparseLayout
-from ..ops import AttentionCall, empty_output, lse_shape, register_backend
-from ..quantization import log_table
+from ..ops import AttentionCall, register_backend
+from . import native_cpu, native_cuda
 
 NAME = "native"
 BACKWARD_USES_LSE = True
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_ROWS = 16
-
-_CALL = (
-    "Tensor? query_lengths, Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, int max_length, "
-    "Tensor? seed, float scale, Tensor levels, int level_count, float log2_threshold, float step, bool mid_points, "
-    "bool causal, int query_offset, float dropout_factor, int dropout_threshold, str instruction_set"
-)
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor stops, Tensor columns, Tensor row_bits, bool full"
-torch.library.define("sparse_attn::native_attention", f"({_INPUTS}, {_CALL}, Tensor(a!) output, Tensor(b!) lse) -> ()")
-torch.library.define(
-    "sparse_attn::native_attention_backward",
-    f"({_INPUTS}, Tensor transposed_stops, Tensor transposed_columns, Tensor transposed_bits, bool transposed_full, "
-    f"{_CALL}, Tensor lse, Tensor grad_output, Tensor(a!) delta, Tensor(b!) grad_query, Tensor(c!) grad_key, "
-    "Tensor(d!) grad_value) -> ()",
-)
-torch.library.define("sparse_attn::instruction_sets", "() -> str")
-
-_instruction_set = ""  # the best of this processor
-
 
 def capabilities() -> tuple[str, ...]:
-    """The instruction sets whose kernels this processor can run, best first; the first is used. Empty without the
-    extension."""
-    return tuple(torch.ops.sparse_attn.instruction_sets().split()) if extension.available() else ()
+    """What the extension can compute with here, best first: instruction sets of this processor, then "cuda" where the
+    extension has kernels for GPUs. Empty without the extension."""
+    return native_cpu.instruction_sets() + (("cuda",) if native_cuda.built() else ())
+
+
+def unsupported(call: AttentionCall, training: bool) -> list[str]:
+    """Why the kernels cannot compute `call`; empty if they can."""
+    missing = _missing()
+    reasons = [f"{missing}; {extension.HOW_TO_GET_IT}"] if missing else []
+    return reasons + _kernels(call.query.device).refusals(call, training)
 
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace how the extension is loaded
@@ -48,59 +34,27 @@ def _missing() -> str | None:
     return extension.reason()
 
 
-def unsupported(call: AttentionCall, training: bool) -> list[str]:
-    """Why the kernels cannot compute `call`; empty if they can."""
-    reasons = []
-    missing = _missing()
-    if missing:
-        reasons.append(f"{missing}; {extension.HOW_TO_GET_IT}")
-    if call.query.device.type != "cpu":
-        reasons.append(f"the query is on {call.query.device}; the kernels run on a CPU")
-    if call.query.dtype not in _DTYPES:
-        reasons.append(f"{call.query.dtype}; the kernels take float16, bfloat16 and float32")
-    return reasons
-
-
 def layout_arguments(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The column lists for 16 queries; in training also those for 16 keys."""
-    all_lists = [layout.lists(_ROWS, transposed) for transposed in ((False, True) if training else (False,))]
-    tensors = [tensor for lists in all_lists for tensor in (lists.stops, lists.columns, lists.row_bits)]
-    return tensors, tuple(int(lists.full) for lists in all_lists)
+    """The lists of the layout as the kernels for its device want them."""
+    return _kernels(layout.device).layout_arguments(layout, head_dim, dtype, rounded, training)
+
+
+def known_to_be_faster(
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+) -> bool:  # fmt: skip
+    """Whether the kernel for GPUs was measured to beat the Triton kernel for such calls on the GPU of the layout."""
+    on_gpu = layout.device.type == "cuda" and not training and native_cuda.built()
+    return on_gpu and native_cuda.known_to_be_faster(layout, head_dim, dtype, rounded)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    output = empty_output(call.query, call.packed)
-    lse = call.query.new_empty(lse_shape(call.query, call.packed) if call.need_lse else (0,), dtype=torch.float32)
-    torch.ops.sparse_attn.native_attention(
-        call.query, call.key, call.value, *call.layout[:3], bool(call.layout_sizes[0]), *_arguments(call), output, lse
-    )
-    return output, lse
+    return _kernels(call.query.device).forward(call)
 
 
-def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (call.query, call.key, call.value)
-    )
-    lists = (*call.layout[:3], bool(call.layout_sizes[0]), *call.layout[3:], bool(call.layout_sizes[1]))
-    torch.ops.sparse_attn.native_attention_backward(
-        call.query, call.key, call.value, *lists, *_arguments(call), lse, grad_output, torch.empty_like(lse), *gradients
-    )
-    return gradients
+def _kernels(device: torch.device) -> ModuleType:
+    return native_cuda if device.type == "cuda" else native_cpu
 
 
-def _arguments(call: AttentionCall) -> tuple:
-    table = call.table
-    levels = torch.zeros(0 if table is None else max(_ROWS, len(table.levels)))
-    if table is not None:
-        levels[: len(table.levels)] = torch.tensor(table.levels)
-    return (
-        call.query_lengths, call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.seed, call.scale,
-        levels, len(table.levels) if table else 0, math.log2(table.threshold) if table else 0.0,
-        table.step if table else 1.0, table is not None and table == log_table(table.bits, table.threshold),
-        call.causal, call.query_offset, 1.0 / (1.0 - call.dropout), drop_threshold(call.dropout), _instruction_set,
-    )  # fmt: skip
-
-
-register_backend(NAME, forward, backward)
+register_backend(NAME, forward, native_cpu.backward)

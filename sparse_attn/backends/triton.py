@@ -76,12 +76,9 @@ def layout_arguments(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """Lists and configuration of the forward kernel; in training also those of the two backward kernels."""
-    spread = layout.work(64) / layout.work(16) if layout.work(16) else 1.0
-    configs = [
-        choose(Problem(kernel, rounded and kernel == "forward", head_dim, dtype.itemsize, layout.key_len, spread),
-               layout.device)
-        for kernel in (KERNELS if training else KERNELS[:1])
-    ]  # fmt: skip
+    kinds = [(kernel, rounded and kernel == "forward") for kernel in (KERNELS if training else KERNELS[:1])]
+    facts = (head_dim, dtype.itemsize, layout.key_len, layout.spread)
+    configs = [choose(Problem(*kind, *facts), layout.device) for kind in kinds]
     return configured_arguments(layout, configs)
 
 

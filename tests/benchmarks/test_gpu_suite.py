@@ -106,22 +106,28 @@ def test_unused_time_goes_to_later_steps(tmp_path):
     assert (late.status, late.reason) == (SKIPPED, "0 s were left")
 
 
-def test_the_commands_of_the_suite_exist(tmp_path):
+def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     """Every module is there and takes the options that it gets."""
-    from benchmarks import attention, tune
+    from benchmarks import attention, tune, tune_native
     from benchmarks.squad_options import parse_options as squad_options
 
-    parsers = {"tune": tune, "attention": attention, "random_check": random_check}
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/some/{name}")
+    parsers = {"tune": tune, "tune_native": tune_native, "attention": attention, "random_check": random_check}
     options = gpu_suite.parse_options(["--output", str(tmp_path), "--model", "some/model"])
     steps = gpu_suite.make_steps(options, "Some GPU", tmp_path)
     assert [step.name for step in steps] == list(gpu_suite.NAMES) and not any(step.skipped for step in steps)
-    for step in steps[1:]:
+    commands = {step.name: step.command for step in steps}
+    assert commands["build"][1] == "setup.py" and commands["tests"][2] == "pytest"
+    assert (ROOT / commands["racecheck"][-3]).exists()
+    for step in steps:
+        if not step.command[2].startswith("benchmarks."):
+            continue
         module = step.command[2].removeprefix("benchmarks.")
         words = [word if not word.startswith("{") else "1.5" for word in step.command[3:]]
         parse = parsers[module].parse_options if module in parsers else squad_options
         assert parse(words) is not None
     assert all((ROOT / path).exists() for path in gpu_suite._IGNORED_TESTS)
-    assert steps[1].copies[0][0] == tmp_path / "some-gpu.json"
+    assert steps[2].copies == steps[3].copies and steps[2].copies[0][0] == tmp_path / "some-gpu.json"
     options.steps = ["squad", "tests"]
     assert [step.name for step in gpu_suite.make_steps(options, "Some GPU", tmp_path)] == ["tests", "squad"]
 

@@ -19,7 +19,7 @@ from benchmarks.tune_search import BETTER, Search
 from benchmarks.tune_sweep import Sweep
 from benchmarks.tune_table import TableFile, line, print_outcomes
 from sparse_attn.kernels import configuration, launch
-from sparse_attn.kernels.configuration import KernelConfig, Problem, read_table
+from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, read_table
 from tests.helpers import CUDA
 
 CPU = torch.device("cpu")
@@ -188,6 +188,10 @@ def test_a_table_keeps_other_entries_and_refuses_other_devices(tmp_path):
     again.add(second)
     assert read_table(path).entries == ((Outcome.problem, GOOD), (second.problem, OTHER))
     assert [item.name for item in tmp_path.iterdir()] == ["some-gpu.json"]
+    native = BlockConfig(4, 2, faster=True)
+    again.add_native(Outcome.problem, BlockConfig(), 2.0, 1.0, "squad384")
+    TableFile(path, "Some GPU").add_native(Outcome.problem, native, 1.0, 2.0, "squad384")
+    assert read_table(path).native == ((Outcome.problem, native),) and len(read_table(path).entries) == 2
     with pytest.raises(ValueError, match="holds the table of Some GPU, this is Another"):
         TableFile(path, "Another")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from sparse_attn import SparseLayout, sparse_attention
+from sparse_attn.backends import AUTOMATIC, automatic, native_cuda
 from sparse_attn.kernels import configuration
-from sparse_attn.kernels.configuration import KERNELS, KernelConfig, Problem, TuningTable
+from sparse_attn.kernels.configuration import KERNELS, BlockConfig, KernelConfig, Problem, TuningTable
 from tests.helpers import DEVICE, assert_within_budget, gradients, random_inputs
 
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
@@ -160,3 +161,25 @@ def test_shipped_tables_are_whole():
             assert problem.kernel in KERNELS and 1.0 <= problem.spread <= 4.0, path.name
             assert config.held & (config.held - 1) == 0 and config.rows in (16, 32, 64, 128), path.name
             assert problem.kernel == "forward" or not (problem.rounded or config.held), path.name
+
+
+def test_native_entries_say_what_is_faster(monkeypatch):
+    """backend="auto" takes the native kernel first only where the table of the GPU says that it was faster."""
+    monkeypatch.setattr(configuration, "_used", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 2")
+    monkeypatch.setattr(native_cuda, "built", lambda: True)
+    device = torch.device("cuda", 0)
+    element, rounded = (Problem("forward", bits, 64, 2, 384, 2.0) for bits in (False, True))
+    assert configuration.choose_native(element, device) == BlockConfig()
+    best = BlockConfig(4, 2, faster=True)
+    configuration.use_table(TuningTable("Some GPU 2", (), ((element, best), (rounded, BlockConfig(12, 1)))))
+    assert configuration.choose_native(element, device) == best
+
+    def order(head_dim=64, dtype=torch.float16, bits=False, training=False) -> tuple[str, ...]:
+        layout = SparseLayout(torch.rand(1, 384, 384) < 0.1)
+        layout.device = device
+        return automatic(layout, head_dim, dtype, bits, training)
+
+    assert order() == ("native", "triton", "torch", "reference")
+    usual = AUTOMATIC["cuda"]
+    assert order(bits=True) == order(training=True) == order(dtype=torch.float32) == order(head_dim=48) == usual

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_attn import QuantizationTable, extension, log_table, sparse_attention
-from sparse_attn.backends import native
+from sparse_attn.backends import native_cpu
 from tests.helpers import assert_within_budget, gradients, random_inputs, random_layout
 
 pytestmark = [
@@ -17,9 +17,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=native.capabilities())
+@pytest.fixture(params=native_cpu.instruction_sets())
 def instruction_set(request, monkeypatch):
-    monkeypatch.setattr(native, "_instruction_set", request.param)
+    monkeypatch.setattr(native_cpu, "_instruction_set", request.param)
     return request.param
 
 
@@ -122,13 +122,15 @@ def test_shapes_without_elements():
 
 
 def test_an_unknown_instruction_set_is_named(monkeypatch):
-    monkeypatch.setattr(native, "_instruction_set", "avx1024")
+    monkeypatch.setattr(native_cpu, "_instruction_set", "avx1024")
     with pytest.raises(RuntimeError, match="no kernels for the instruction set avx1024"):
         sparse_attention(*random_inputs((1, 1, 4, 16), torch.float32, "cpu"), random_layout(1, 4, 0.0, "cpu"))
 
 
 def test_capabilities_name_what_this_processor_has():
-    assert native.capabilities()[-1] == "portable"
+    assert native_cpu.instruction_sets()[-1] == "portable"
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    assert ("avx512" in native.capabilities()) == {"avx512f", "avx512bw", "avx512dq", "avx512vl"}.issubset(flags)
+    assert ("avx512" in native_cpu.instruction_sets()) == {"avx512f", "avx512bw", "avx512dq", "avx512vl"}.issubset(
+        flags
+    )

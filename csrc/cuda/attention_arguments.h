@@ -1,0 +1,175 @@
+// The arguments of the operator sparse_attn::native_attention_cuda, whose schema is in
+// sparse_attn/backends/native_cuda.py: from tensors to an AttentionCall, and which kernel is meant.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+
+#include "attention_kernel.cuh"
+
+namespace sparse_attn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A call, the blocks and threads that compute it, and the stream that they run on.
+struct Launch {
+  AttentionCall call;
+  ScalarType dtype;
+  int64_t head_dim, blocks, threads;
+  void* stream;
+};
+
+template <class T>
+const T* data_of(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+const T* list_data(const Tensor& tensor, ScalarType dtype, int64_t dims) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == dtype && tensor.dim() == dims && tensor.is_contiguous(),
+      "the lists of a layout must be as fragment_lists makes them");
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Strides of packed [tokens, heads, head_dim] or padded [batch, heads, length, head_dim] elements of two bytes.
+inline Rows rows_of(const Tensor& tensor, bool packed) {
+  const int64_t dims = tensor.dim();
+  STD_TORCH_CHECK(dims == (packed ? 3 : 4), "query, key, value and output must be 3-dimensional if packed, else 4");
+  const int64_t batch = packed ? 0 : 2 * tensor.stride(0);
+  const int64_t head = 2 * tensor.stride(1), row = 2 * tensor.stride(packed ? 0 : 2);
+  auto* data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  const auto aligned = [](int64_t bytes, int64_t size) { return size <= 1 || bytes % 16 == 0; };
+  STD_TORCH_CHECK(
+      tensor.stride(dims - 1) == 1 && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+          aligned(batch, packed ? 1 : tensor.size(0)) && aligned(head, tensor.size(1)) &&
+          aligned(row, tensor.size(packed ? 0 : 2)),
+      "the rows of query, key, value and output must start at multiples of 16 bytes, their elements side by side");
+  return {data, batch, head, row};
+}
+
+inline Launch launch_of(
+    const Tensor& query,
+    const Tensor& key,
+    const Tensor& value,
+    const Tensor& words,
+    const Tensor& first_steps,
+    const Tensor& counts,
+    const Tensor& order,
+    const Tensor& swizzles,
+    bool full,
+    const OptionalTensor& query_lengths,
+    const OptionalTensor& key_lengths,
+    const OptionalTensor& key_padding,
+    const OptionalTensor& cu_seqlens,
+    int64_t max_length,
+    double scale,
+    const Tensor& levels,
+    int64_t level_count,
+    double step,
+    bool causal,
+    int64_t warps,
+    int64_t parts,
+    int64_t stream,
+    const Tensor& output,
+    const Tensor& lse) {
+  const bool packed = cu_seqlens.has_value();
+  const int64_t batch = packed ? cu_seqlens->numel() - 1 : query.size(0), heads = query.size(1);
+  Launch launch{};
+  launch.dtype = query.scalar_type();
+  launch.head_dim = query.size(packed ? 2 : 3);
+  launch.blocks = batch * heads * parts;
+  launch.threads = 32 * warps;
+  launch.stream = reinterpret_cast<void*>(stream);
+
+  AttentionCall& call = launch.call;
+  call.query = rows_of(query, packed);
+  call.key = rows_of(key, packed);
+  call.value = rows_of(value, packed);
+  call.output = rows_of(output, packed);
+  call.heads = static_cast<int32_t>(heads);
+  call.query_len = static_cast<int32_t>(packed ? max_length : query.size(2));
+  call.key_len = static_cast<int32_t>(packed ? max_length : key.size(2));
+  call.query_lengths = data_of<int32_t>(query_lengths);
+  call.key_lengths = data_of<int32_t>(key_lengths);
+  call.key_padding = data_of<uint8_t>(key_padding);
+  call.cu_seqlens = data_of<int32_t>(cu_seqlens);
+  call.causal = causal;
+  call.scale_log2 = static_cast<float>(scale * 1.44269504088896340736);
+  call.levels = static_cast<const uint16_t*>(levels.const_data_ptr());
+  call.level_count = static_cast<int32_t>(level_count);
+  call.level_rate = level_count > 0 ? static_cast<float>(1.0 / (static_cast<double>(level_count) * step)) : 0.0f;
+  call.below_level_count = std::nextafter(static_cast<float>(level_count), 0.0f);
+  const bool has_lse = lse.numel() > 0;
+  call.lse = has_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
+  call.lse_batch = has_lse && !packed ? lse.stride(0) : 0;
+  call.lse_head = has_lse ? lse.stride(packed ? 0 : 1) : 0;
+  call.parts = static_cast<int32_t>(parts);
+  call.memory = shared_memory_of(launch.head_dim, call.key_len, level_count);
+
+  FragmentLists& lists = call.lists;
+  lists.words = list_data<uint32_t>(words, ScalarType::Int, 2);
+  lists.first_steps = list_data<int32_t>(first_steps, ScalarType::Int, 2);
+  lists.counts = list_data<int32_t>(counts, ScalarType::Int, 3);
+  lists.order = list_data<uint8_t>(order, ScalarType::Byte, 2);
+  lists.swizzles = list_data<uint8_t>(swizzles, ScalarType::Byte, 2);
+  lists.groups = static_cast<int32_t>(first_steps.size(1));
+  lists.blocks = static_cast<int32_t>(counts.size(2)) - 1;
+  lists.keys = static_cast<int32_t>(swizzles.size(1));
+  lists.full = full;
+
+  STD_TORCH_CHECK(
+      call.query_len <= MAX_LENGTH && call.key_len <= lists.keys && call.query_len <= lists.groups * GROUP_ROWS,
+      "queries and keys must lie within the layout, and within ",
+      MAX_LENGTH);
+  STD_TORCH_CHECK(first_steps.size(0) == heads && order.size(1) == MAX_GROUPS, "the layout is for other heads");
+  STD_TORCH_CHECK(
+      0 < warps && launch.threads <= MAX_THREADS && 0 < parts, "a block has 1 to ", MAX_THREADS, " threads");
+  STD_TORCH_CHECK(scale > 0.0 && level_count <= MAX_LEVELS, "the scale must be positive, the levels at most 256");
+  return launch;
+}
+
+template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
+struct Kernel {};
+
+// visit(Kernel) for the kernel that computes a call.
+template <class Visit>
+void with_kernel(const Launch& launch, const Visit& visit) {
+  const auto with_rounding = [&](auto element, auto head_dim) {
+    constexpr Element ELEMENT = decltype(element)::value;
+    constexpr int HEAD_DIM = decltype(head_dim)::value;
+    if (launch.call.level_count == 0) {
+      visit(Kernel<ELEMENT, HEAD_DIM, Rounding::None>());
+    } else if (launch.call.level_count <= 8) {
+      visit(Kernel<ELEMENT, HEAD_DIM, Rounding::EightLevels>());
+    } else {
+      visit(Kernel<ELEMENT, HEAD_DIM, Rounding::Table>());
+    }
+  };
+  const auto with_head_dim = [&](auto element) {
+    STD_TORCH_CHECK(launch.head_dim == 32 || launch.head_dim == 64, "head_dim must be 32 or 64");
+    if (launch.head_dim == 32) {
+      with_rounding(element, std::integral_constant<int, 32>());
+    } else {
+      with_rounding(element, std::integral_constant<int, 64>());
+    }
+  };
+  STD_TORCH_CHECK(
+      launch.dtype == ScalarType::Half || launch.dtype == ScalarType::BFloat16, "query must be float16 or bfloat16");
+  if (launch.dtype == ScalarType::Half) {
+    with_head_dim(std::integral_constant<Element, Element::Float16>());
+  } else {
+    with_head_dim(std::integral_constant<Element, Element::BFloat16>());
+  }
+}
+
+}  // namespace sparse_attn

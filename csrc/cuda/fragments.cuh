@@ -1,0 +1,218 @@
+// What the attention kernel wants of the machine: asynchronous copies, fragments of matrices, the matrix unit, and what
+// lanes of a warp tell each other. tests/cuda/emulator.h has the same functions for a CPU.
+//
+// Fragments of a warp, lane l: of an accumulator [16][8] the elements (l / 4, 2 * (l % 4) + {0, 1}) and the same of row
+// l / 4 + 8; of a left factor [16][16] four words: columns 2 * (l % 4) + {0, 1} of rows l / 4 and l / 4 + 8, then of
+// the same rows 8 columns on; of a right factor [16][8] two words: rows 2 * (l % 4) + {0, 1} of column l / 4, then the
+// rows 8 further.
+#pragma once
+
+#include <cstdint>
+
+#define SPARSE_ATTN_DEVICE __device__ __forceinline__
+
+namespace sparse_attn {
+
+enum class Element { Float16, BFloat16 };
+
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+SPARSE_ATTN_DEVICE int thread_number() {
+  return static_cast<int>(threadIdx.x);
+}
+
+SPARSE_ATTN_DEVICE int thread_count() {
+  return static_cast<int>(blockDim.x);
+}
+
+SPARSE_ATTN_DEVICE int block_number() {
+  return static_cast<int>(blockIdx.x);
+}
+
+// The first byte of the block's shared memory. Shared memory is addressed by 32-bit numbers throughout.
+SPARSE_ATTN_DEVICE uint32_t shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+}
+
+// All warps of a block meet here, whichever call of it they have come to.
+SPARSE_ATTN_DEVICE void block_barrier() {
+  asm volatile("bar.sync 0;" ::: "memory");
+}
+
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is needed instead of
+// being kept in registers from before a loop.
+SPARSE_ATTN_DEVICE int computed_here(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// 16 bytes from global to shared memory, or zeros that are read from nowhere; complete after `await_copies`.
+SPARSE_ATTN_DEVICE void copy_async(uint32_t to, const void* from, bool zeros) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
+               : "memory");
+}
+
+// Brings the cache line of an address closer.
+SPARSE_ATTN_DEVICE void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+SPARSE_ATTN_DEVICE void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for this thread's copies, but for the last `PENDING` groups that it committed.
+template <int PENDING>
+SPARSE_ATTN_DEVICE void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+SPARSE_ATTN_DEVICE void store_shared(uint32_t to, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
+
+SPARSE_ATTN_DEVICE uint32_t load_shared(uint32_t from) {
+  uint32_t word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from));
+  return word;
+}
+
+SPARSE_ATTN_DEVICE uint32_t load_shared_half(uint32_t from) {
+  uint16_t half;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(from));
+  return half;
+}
+
+SPARSE_ATTN_DEVICE uint32_t add_shared(uint32_t to, uint32_t word) {
+  uint32_t before;
+  asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(to), "r"(word) : "memory");
+  return before;
+}
+
+// 16 bytes from global memory that no kernel writes meanwhile, or zeros.
+SPARSE_ATTN_DEVICE void load_words(const void* from, bool exists, uint32_t (&word)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    word[i] = 0;
+  }
+  if (exists) {
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "l"(from));
+  }
+}
+
+SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {
+  asm volatile(
+      "st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+      : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes; lane l says where row l % 8 of matrix l / 8 lies. Lane l gets of each matrix
+// word l % 4 of row l / 4.
+SPARSE_ATTN_DEVICE void load_matrices(uint32_t (&word)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(row));
+}
+
+// The same, transposed: lane l gets elements 2 * (l % 4) + {0, 1} of column l / 4.
+SPARSE_ATTN_DEVICE void load_matrices_transposed(uint32_t (&word)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(row));
+}
+
+// sum + left [16][16] . right [16][8] -> sum
+template <Element ELEMENT>
+SPARSE_ATTN_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  if constexpr (ELEMENT == Element::Float16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right0), "r"(right1));
+  }
+}
+
+// Two numbers rounded to nearest, the first one in the lower half.
+template <Element ELEMENT>
+SPARSE_ATTN_DEVICE uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (ELEMENT == Element::Float16) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
+// 2 ** x, off by at most 2 units in the last place.
+SPARSE_ATTN_DEVICE float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2 of a number from 1 on, off by at most 2 ** -22 of it.
+SPARSE_ATTN_DEVICE float log2_of(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x, off by at most 1 unit in the last place.
+SPARSE_ATTN_DEVICE float inverse_of(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// a * b + c, clamped to [0, 1]; NaN becomes 0.
+SPARSE_ATTN_DEVICE float multiply_add_clamped(float a, float b, float c) {
+  return __saturatef(__fmaf_rn(a, b, c));
+}
+
+// The bits of a * b + c, rounded down.
+SPARSE_ATTN_DEVICE uint32_t multiply_add_down(float a, float b, float c) {
+  return __float_as_uint(__fmaf_rd(a, b, c));
+}
+
+// Four bytes of the eight of low and high, chosen by the four lowest hexadecimal digits of `choice`, 0 to 7 each.
+SPARSE_ATTN_DEVICE uint32_t choose_bytes(uint32_t low, uint32_t high, uint32_t choice) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(choice));
+  return word;
+}
+
+SPARSE_ATTN_DEVICE uint32_t ballot(bool predicate) {
+  return __ballot_sync(ALL_LANES, predicate);
+}
+
+SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane) {
+  return __shfl_sync(ALL_LANES, word, lane);
+}
+
+// The same number in all lanes, which the compiler then knows.
+SPARSE_ATTN_DEVICE int uniform(int number) {
+  return __shfl_sync(ALL_LANES, number, 0);
+}
+
+SPARSE_ATTN_DEVICE uint32_t from_neighbour(uint32_t word, int distance) {
+  return __shfl_xor_sync(ALL_LANES, word, distance);
+}
+
+SPARSE_ATTN_DEVICE float from_neighbour(float number, int distance) {
+  return __shfl_xor_sync(ALL_LANES, number, distance);
+}
+
+SPARSE_ATTN_DEVICE int count_bits(uint32_t word) {
+  return __popc(word);
+}
+
+}  // namespace sparse_attn

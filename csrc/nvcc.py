@@ -1,0 +1,72 @@
+"""How csrc/cuda is compiled: into one object file with code for many GPUs, which brings the CUDA runtime along, so that
+the extension loads wherever it is installed. Used by setup.py and the tests."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "cuda" / "attention.cu"
+PORTABLE = "80"  # code that the driver of any newer GPU can translate
+ARCHITECTURES = (PORTABLE, "86", "89", "90", "100")
+
+
+def find() -> Path | None:
+    """CUDA's compiler, from CUDA_HOME or the search path."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    return Path(found) if found else None
+
+
+def compile_object(
+    nvcc: Path,
+    target: Path,
+    include_dirs: Sequence[str],
+    macros: Sequence[str],
+    architectures: Sequence[str] = ARCHITECTURES,
+    options: Sequence[str] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Compiles for those of the architectures that this nvcc knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = re.findall(r"sm_(\d+)\b", listed)
+    codes = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in architectures if one in known]
+    codes.append(f"-gencode=arch=compute_{PORTABLE},code=compute_{PORTABLE}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(
+        [
+            nvcc, "-std=c++20", "-O3", "-c", SOURCE, "-o", target, "--threads", "0", *codes, *options,
+            "-Xcompiler", "-fPIC,-fvisibility=hidden",
+            *(f"-I{folder}" for folder in include_dirs), *(f"-D{macro}" for macro in macros),
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def link_arguments(nvcc: Path) -> list[str]:
+    """What the linker needs beside the object file."""
+    plan = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    root = Path(re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)[1])  # nvcc itself may be a script or a link
+    folders = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
+    found = [folder.resolve() for folder in folders if (folder / "libcudart_static.a").exists()]
+    return [*(f"-L{folder}" for folder in found), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def built_object(folder: Path, include_dirs: Sequence[str], macros: Sequence[str]) -> tuple[Path, list[str]] | None:
+    """The object file, compiled anew if its sources have changed, and the linker's arguments; None, with one line on
+    stderr, where it cannot be compiled."""
+    nvcc, target = find(), folder / "cuda_attention.o"
+    if nvcc is None:
+        return _without("there is no nvcc (looked in CUDA_HOME and on the search path)")
+    newest = max(path.stat().st_mtime for path in SOURCE.parent.iterdir())
+    if not target.exists() or target.stat().st_mtime < newest:
+        done = compile_object(nvcc, target, include_dirs, macros)
+        if done.returncode != 0:
+            return _without(f"{nvcc} failed:\n{done.stderr}")
+    return target, link_arguments(nvcc)
+
+
+def _without(reason: str) -> None:
+    print(f"sparse_attn: building without the CUDA kernel, GPUs use the Triton kernels: {reason}", file=sys.stderr)

@@ -1,0 +1,156 @@
+"""Column lists in the form that the CUDA kernel of `csrc` wants: steps of 32 keys, a key a lane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..layout import SparseLayout
+
+GROUP_ROWS = 16
+STEP_KEYS = 32  # keys that a warp takes at a time
+TILE_KEYS = 8  # keys whose rows are read from shared memory together, 16 bytes of each
+MAX_LENGTH = 512
+MAX_GROUPS = MAX_LENGTH // GROUP_ROWS
+NO_GROUP = 255
+_BANK_CLASSES = 8  # rows of 16 bytes that shared memory delivers together
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class FragmentLists:
+    """Lists of 16 queries each, cut into steps of 32 keys.
+
+    A key's row lies in shared memory in pieces of 16 bytes: piece p at place p ^ swizzles[head, key] of the row.
+
+    Attributes:
+        words: int32 [steps, 32]. The upper 16 bits say where the first piece of the lane's key lies, in bytes. The
+            lower 16 bits, 4 for each tile of 8 keys, say what is kept: bits 4 * t + (0, 1, 2, 3) whether rows
+            (r, r, r + 8, r + 8), r = lane / 4, keep the keys of the lanes 8 * t + 2 * (lane % 4) + (0, 1, 0, 1). Lanes
+            past the end of a list point at a key of their tile, and no row keeps it.
+        first_steps: int32 [heads, groups], where lists start.
+        counts: int32 [heads, groups, key_blocks + 1], keys of a list below 0, 32, 64, ...
+        order: uint8 [heads, MAX_GROUPS], the groups of a head, the longest list first, then NO_GROUP.
+        swizzles: uint8 [heads, keys].
+        full: all rows of a group keep all keys of its list.
+    """
+
+    words: Tensor
+    first_steps: Tensor
+    counts: Tensor
+    order: Tensor
+    swizzles: Tensor
+    full: bool
+
+    def tensors(self) -> list[Tensor]:
+        return [self.words, self.first_steps, self.counts, self.order, self.swizzles]
+
+
+def fragment_lists(layout: SparseLayout, row_bytes: int) -> FragmentLists:
+    """Compiles the first 512 queries and keys of a layout, for keys of 64 or 128 bytes.
+
+    The order of keys within a step is free, and so is each key's swizzle: together they are chosen so that the rows
+    that are read together lie in different banks.
+    """
+    if max(layout.query_len, layout.key_len) > MAX_LENGTH:
+        layout = SparseLayout(layout.keep()[:, :MAX_LENGTH, :MAX_LENGTH])
+    lists = layout.lists(GROUP_ROWS)
+    stops = lists.stops[:, 0].cpu().numpy()
+    keys, bits, steps = _steps(stops, lists.columns.cpu().numpy(), lists.row_bits[:, 0].cpu().numpy())
+    counts = (stops - stops[:, :1]).reshape(layout.heads, -1, stops.shape[1])
+    head_of_step = np.repeat(np.arange(len(stops)) // counts.shape[1], steps)
+    classes = _bank_classes(keys, head_of_step, layout.heads, layout.key_len, row_bytes)
+    keys, bits = _dealt(keys, bits, classes[head_of_step[:, None], keys])
+    swizzles = classes % (row_bytes // 16)
+    rows = keys * row_bytes + swizzles[head_of_step[:, None], keys] * 16
+    return FragmentLists(
+        _on(layout.device, (rows << 16 | _fragment_bits(bits)).astype(np.uint32).view(np.int32)),
+        _on(layout.device, (steps.cumsum() - steps).reshape(layout.heads, -1).astype(np.int32)),
+        _on(layout.device, counts),
+        _on(layout.device, _order(counts[:, :, -1])),
+        _on(layout.device, swizzles.astype(np.uint8)),
+        lists.full,
+    )
+
+
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def _steps(stops: np.ndarray, columns: np.ndarray, row_bits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and bits of all steps, [steps, 32], and each list's number of steps. Places past the end of a list repeat
+    its last key, without bits."""
+    lengths = stops[:, -1] - stops[:, 0]
+    steps = -(-lengths // STEP_KEYS)
+    list_of_place = np.repeat(np.arange(len(stops)), steps * STEP_KEYS)
+    place = np.arange(len(list_of_place)) - np.repeat((steps.cumsum() - steps) * STEP_KEYS, steps * STEP_KEYS)
+    exists = place < lengths[list_of_place]
+    entry = stops[list_of_place, 0] + np.minimum(place, lengths[list_of_place] - 1)
+    keys = columns[entry].astype(np.int64)
+    bits = np.where(exists, row_bits[entry] & 0xFFFF, 0).astype(np.int64)
+    return keys.reshape(-1, STEP_KEYS), bits.reshape(-1, STEP_KEYS), steps
+
+
+def _bank_classes(
+    keys: np.ndarray, head_of_step: np.ndarray, heads: int, key_len: int, row_bytes: int
+) -> np.ndarray:  # fmt: skip
+    """Which eighth of the banks a key's first piece lies in, int64 [heads, keys]: such that each step has about as many
+    keys in each.
+
+    A row of 128 bytes leaves all to its swizzle; of two neighbouring rows of 64 bytes one has the lower half.
+    Keys choose one after the other, several times, the class with which their steps have met least.
+    """
+    swizzles = row_bytes // 16
+    first = np.arange(key_len) % (_BANK_CLASSES // swizzles) * swizzles
+    classes = np.tile(first + np.arange(key_len) // (_BANK_CLASSES // swizzles) % swizzles, (heads, 1))
+    used = np.zeros((heads, np.bincount(head_of_step, minlength=heads).max(initial=0), key_len), dtype=np.float32)
+    step_of_head = np.arange(len(keys)) - np.searchsorted(head_of_step, head_of_step)
+    used[head_of_step[:, None], step_of_head[:, None], keys] = 1
+    onehot = np.eye(_BANK_CLASSES, dtype=np.float32)
+    met = used @ onehot[classes]  # [heads, steps, classes]: keys of a step in each class
+    for _ in range(_PASSES):
+        for key in range(key_len):
+            choice = slice(first[key], first[key] + swizzles)
+            own = used[:, :, key]
+            met -= own[:, :, None] * onehot[classes[:, key]][:, None]
+            cost = np.einsum("hs,hsc->hc", own, met[:, :, choice])
+            classes[:, key] = first[key] + cost.argmin(1)
+            met += own[:, :, None] * onehot[classes[:, key]][:, None]
+    return classes
+
+
+def _dealt(keys: np.ndarray, bits: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Deals the keys of each step, class by class, to its tiles in turn, so that the keys of a class meet in a tile
+    only if there are more of them than tiles. Repeated keys come last and then become a key of their tile."""
+    tiles = STEP_KEYS // TILE_KEYS
+    repeated = np.zeros_like(keys, dtype=bool)
+    repeated[:, 1:] = keys[:, 1:] == keys[:, :-1]
+    dealt = np.where(repeated, _BANK_CLASSES, classes).argsort(axis=1, kind="stable")
+    keys, bits = np.take_along_axis(keys, dealt, 1), np.take_along_axis(bits, dealt, 1)
+    filled = STEP_KEYS - repeated.sum(1, keepdims=True)
+    place = np.arange(STEP_KEYS)
+    source = np.where(place < filled, place, np.where(place % tiles < filled, place % tiles, 0))
+    lane = np.empty(STEP_KEYS, dtype=np.int64)
+    lane[place % tiles * TILE_KEYS + place // tiles] = place
+    return np.take_along_axis(keys, source, 1)[:, lane], bits[:, lane]
+
+
+def _fragment_bits(bits: np.ndarray) -> np.ndarray:
+    """From the 16 rows of each lane's key to the rows and keys that the lane's accumulators are for."""
+    lane = np.arange(STEP_KEYS)
+    words = np.zeros_like(bits)
+    for tile in range(STEP_KEYS // TILE_KEYS):
+        for element in range(4):
+            key = TILE_KEYS * tile + 2 * (lane % 4) + element % 2
+            row = lane // 4 + 8 * (element // 2)
+            words |= (bits[:, key] >> row & 1) << (4 * tile + element)
+    return words
+
+
+def _order(lengths: np.ndarray) -> np.ndarray:
+    order = np.full((len(lengths), MAX_GROUPS), NO_GROUP, dtype=np.uint8)
+    order[:, : lengths.shape[1]] = (-lengths).argsort(axis=1, kind="stable")
+    return order

@@ -1,0 +1,91 @@
+"""The C++ kernels of `csrc/cpu` over column lists for 16 rows, forward and backward."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import extension
+from ..dropout import drop_threshold
+from ..layout import SparseLayout
+from ..ops import AttentionCall, empty_output, lse_shape
+from ..quantization import log_table
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ROWS = 16
+
+_CALL = (
+    "Tensor? query_lengths, Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, int max_length, "
+    "Tensor? seed, float scale, Tensor levels, int level_count, float log2_threshold, float step, bool mid_points, "
+    "bool causal, int query_offset, float dropout_factor, int dropout_threshold, str instruction_set"
+)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor stops, Tensor columns, Tensor row_bits, bool full"
+torch.library.define("sparse_attn::native_attention", f"({_INPUTS}, {_CALL}, Tensor(a!) output, Tensor(b!) lse) -> ()")
+torch.library.define(
+    "sparse_attn::native_attention_backward",
+    f"({_INPUTS}, Tensor transposed_stops, Tensor transposed_columns, Tensor transposed_bits, bool transposed_full, "
+    f"{_CALL}, Tensor lse, Tensor grad_output, Tensor(a!) delta, Tensor(b!) grad_query, Tensor(c!) grad_key, "
+    "Tensor(d!) grad_value) -> ()",
+)
+torch.library.define("sparse_attn::instruction_sets", "() -> str")
+
+_instruction_set = ""  # the best of this processor
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that there are kernels for and this processor has, best first; the first is used. Empty without the
+    extension."""
+    return tuple(torch.ops.sparse_attn.instruction_sets().split()) if extension.available() else ()
+
+
+def refusals(call: AttentionCall, training: bool) -> list[str]:
+    """Why the kernels cannot compute `call`; empty if they can."""
+    if call.query.device.type != "cpu":
+        return [f"the query is on {call.query.device}; the kernels run on CPUs and NVIDIA GPUs"]
+    if call.query.dtype not in _DTYPES:
+        return [f"{call.query.dtype}; the kernels take float16, bfloat16 and float32"]
+    return []
+
+
+def layout_arguments(
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """The column lists for 16 queries; in training also those for 16 keys."""
+    all_lists = [layout.lists(_ROWS, transposed) for transposed in ((False, True) if training else (False,))]
+    tensors = [tensor for lists in all_lists for tensor in (lists.stops, lists.columns, lists.row_bits)]
+    return tensors, tuple(int(lists.full) for lists in all_lists)
+
+
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    output = empty_output(call.query, call.packed)
+    lse = call.query.new_empty(lse_shape(call.query, call.packed) if call.need_lse else (0,), dtype=torch.float32)
+    torch.ops.sparse_attn.native_attention(
+        call.query, call.key, call.value, *call.layout[:3], bool(call.layout_sizes[0]), *_arguments(call), output, lse
+    )
+    return output, lse
+
+
+def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (call.query, call.key, call.value)
+    )
+    lists = (*call.layout[:3], bool(call.layout_sizes[0]), *call.layout[3:], bool(call.layout_sizes[1]))
+    torch.ops.sparse_attn.native_attention_backward(
+        call.query, call.key, call.value, *lists, *_arguments(call), lse, grad_output, torch.empty_like(lse), *gradients
+    )
+    return gradients
+
+
+def _arguments(call: AttentionCall) -> tuple:
+    table = call.table
+    levels = torch.zeros(0 if table is None else max(_ROWS, len(table.levels)))
+    if table is not None:
+        levels[: len(table.levels)] = torch.tensor(table.levels)
+    return (
+        call.query_lengths, call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.seed, call.scale,
+        levels, len(table.levels) if table else 0, math.log2(table.threshold) if table else 0.0,
+        table.step if table else 1.0, table is not None and table == log_table(table.bits, table.threshold),
+        call.causal, call.query_offset, 1.0 / (1.0 - call.dropout), drop_threshold(call.dropout), _instruction_set,
+    )  # fmt: skip

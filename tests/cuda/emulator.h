@@ -1,0 +1,412 @@
+// What csrc/cuda/fragments.cuh gives the attention kernel, for a CPU: the threads of a block are fibers, which take
+// turns whenever one waits for others. Stricter than a GPU where that finds mistakes: lanes must agree on which
+// warp-wide function they call, asynchronous copies arrive only when they are awaited, shared memory starts as NaN.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define SPARSE_ATTN_DEVICE inline
+
+namespace sparse_attn {
+
+using std::max;
+using std::min;
+
+enum class Element { Float16, BFloat16 };
+
+namespace emulator {
+
+constexpr uint32_t SHARED_START = 1024;  // shared memory need not start at 0
+constexpr size_t STACK_BYTES = 1 << 17;
+constexpr size_t SLOT_BYTES = 64;
+
+[[noreturn]] inline void fail(const std::string& what) {
+  throw std::runtime_error("CUDA emulator: " + what);
+}
+
+struct Warp {
+  int arrived = 0;
+  unsigned generation = 0;
+  const char* operation = nullptr;
+  alignas(16) unsigned char slots[2][32][SLOT_BYTES];
+};
+
+struct Copy {
+  uint32_t to;
+  const void* from;  // null: zeros
+};
+
+struct Thread {
+  ucontext_t context;
+  std::vector<unsigned char> stack = std::vector<unsigned char>(STACK_BYTES);
+  std::vector<std::vector<Copy>> groups = std::vector<std::vector<Copy>>(1);  // the last one is not committed yet
+  bool done = false;
+};
+
+struct Block {
+  int number, threads, current = 0, running, at_barrier = 0;
+  unsigned barrier_generation = 0;
+  uint64_t progress = 0;  // changes whenever somebody has done what others may wait for
+  std::vector<unsigned char> shared;
+  std::vector<Warp> warps;
+  std::vector<Thread> fibers;
+  std::function<void()> body;
+  std::string error;
+  ucontext_t caller;
+};
+
+inline Block* block = nullptr;
+
+inline void switch_to_next() {
+  const int from = block->current;
+  for (int step = 1; step <= block->threads; ++step) {
+    const int to = (from + step) % block->threads;
+    if (!block->fibers[to].done) {
+      block->current = to;
+      if (to != from) {
+        swapcontext(&block->fibers[from].context, &block->fibers[to].context);
+      }
+      return;
+    }
+  }
+  swapcontext(&block->fibers[from].context, &block->caller);
+}
+
+template <class Reached>
+void wait_until(const Reached& reached) {
+  uint64_t seen = block->progress;
+  for (int turns = 0; !reached(); ++turns) {
+    if (!block->error.empty() || turns > 4) {
+      fail(block->error.empty() ? "threads wait for each other forever" : block->error);
+    }
+    switch_to_next();
+    if (seen != block->progress) {
+      seen = block->progress;
+      turns = 0;
+    }
+  }
+}
+
+inline void run_fiber() {
+  try {
+    block->body();
+    if (block->fibers[block->current].groups.size() > 1 && block->error.empty()) {
+      fail("a thread ends before its copies are complete");
+    }
+  } catch (const std::exception& error) {
+    block->error = error.what();
+  }
+  block->fibers[block->current].done = true;
+  ++block->progress;
+  switch_to_next();
+}
+
+// Runs `body` as all threads of one block.
+inline void run_block(int number, int threads, int shared_bytes, const std::function<void()>& body) {
+  Block own{number, threads};
+  own.shared.assign(shared_bytes, 0xff);
+  own.warps.resize((threads + 31) / 32);
+  own.fibers.resize(threads);
+  own.body = body;
+  block = &own;
+  for (Thread& fiber : own.fibers) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  swapcontext(&own.caller, &own.fibers[0].context);
+  block = nullptr;
+  if (!own.error.empty()) {
+    throw std::runtime_error(own.error);
+  }
+}
+
+inline unsigned char* shared_at(uint32_t address, uint32_t bytes) {
+  if (address < SHARED_START || address - SHARED_START + bytes > block->shared.size() || address % bytes) {
+    fail("shared memory address " + std::to_string(address) + " is misaligned or outside of the block's");
+  }
+  return block->shared.data() + (address - SHARED_START);
+}
+
+template <class T>
+T load(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+// All lanes of a warp hand something in and get that of all lanes.
+template <class T>
+struct Lanes {
+  T of[32];
+};
+
+template <class T>
+Lanes<T> exchange(const char* operation, const T& own) {
+  static_assert(sizeof(T) <= SLOT_BYTES);
+  Warp& warp = block->warps[block->current / 32];
+  const unsigned generation = warp.generation;
+  auto& slots = warp.slots[generation % 2];
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+  } else if (std::string(warp.operation) != operation) {
+    fail(std::string("lanes of a warp disagree: ") + warp.operation + " and " + operation);
+  }
+  std::memcpy(slots[block->current % 32], &own, sizeof(T));
+  if (++warp.arrived == 32) {
+    warp.arrived = 0;
+    ++warp.generation;
+    ++block->progress;
+  } else {
+    wait_until([&] { return warp.generation != generation; });
+  }
+  Lanes<T> lanes;
+  for (int lane = 0; lane < 32; ++lane) {
+    std::memcpy(&lanes.of[lane], slots[lane], sizeof(T));
+  }
+  return lanes;
+}
+
+inline int lane() {
+  return block->current % 32;
+}
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return half;
+}
+
+inline float as_float(uint32_t bits) {
+  return load<float>(&bits);
+}
+
+template <Element ELEMENT>
+float element(uint32_t word, int half) {
+  const auto bits = static_cast<uint16_t>(word >> (16 * half));
+  return ELEMENT == Element::Float16 ? half_to_float(bits) : as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+}  // namespace emulator
+
+SPARSE_ATTN_DEVICE int thread_number() {
+  return emulator::block->current;
+}
+
+SPARSE_ATTN_DEVICE int thread_count() {
+  return emulator::block->threads;
+}
+
+SPARSE_ATTN_DEVICE int block_number() {
+  return emulator::block->number;
+}
+
+SPARSE_ATTN_DEVICE uint32_t shared_memory() {
+  return emulator::SHARED_START;
+}
+
+SPARSE_ATTN_DEVICE void block_barrier() {
+  emulator::Block& block = *emulator::block;
+  const unsigned generation = block.barrier_generation;
+  if (++block.at_barrier == block.threads) {
+    block.at_barrier = 0;
+    ++block.barrier_generation;
+    ++block.progress;
+  } else {
+    emulator::wait_until([&] { return block.barrier_generation != generation; });
+  }
+}
+
+SPARSE_ATTN_DEVICE int computed_here(int number) {
+  return number;
+}
+
+SPARSE_ATTN_DEVICE void copy_async(uint32_t to, const void* from, bool zeros) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) {
+    emulator::fail("a copy starts at a misaligned address");
+  }
+  emulator::block->fibers[emulator::block->current].groups.back().push_back({to, zeros ? nullptr : from});
+}
+
+SPARSE_ATTN_DEVICE void prefetch(const void*) {
+}
+
+SPARSE_ATTN_DEVICE void commit_copies() {
+  emulator::block->fibers[emulator::block->current].groups.emplace_back();
+}
+
+template <int PENDING>
+SPARSE_ATTN_DEVICE void await_copies() {
+  auto& groups = emulator::block->fibers[emulator::block->current].groups;
+  while (groups.size() > PENDING + 1) {
+    for (const emulator::Copy& copy : groups.front()) {
+      unsigned char* to = emulator::shared_at(copy.to, 16);
+      copy.from ? std::memcpy(to, copy.from, 16) : std::memset(to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+SPARSE_ATTN_DEVICE void store_shared(uint32_t to, uint32_t word) {
+  std::memcpy(emulator::shared_at(to, 4), &word, 4);
+}
+
+SPARSE_ATTN_DEVICE uint32_t load_shared(uint32_t from) {
+  return emulator::load<uint32_t>(emulator::shared_at(from, 4));
+}
+
+SPARSE_ATTN_DEVICE uint32_t load_shared_half(uint32_t from) {
+  return emulator::load<uint16_t>(emulator::shared_at(from, 2));
+}
+
+SPARSE_ATTN_DEVICE uint32_t add_shared(uint32_t to, uint32_t word) {
+  const uint32_t before = load_shared(to);
+  store_shared(to, before + word);
+  return before;
+}
+
+SPARSE_ATTN_DEVICE void load_words(const void* from, bool exists, uint32_t (&word)[4]) {
+  if (exists && reinterpret_cast<uintptr_t>(from) % 16) {
+    emulator::fail("a load of 16 bytes is misaligned");
+  }
+  exists ? std::memcpy(word, from, 16) : std::memset(word, 0, 16);
+}
+
+SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) {
+    emulator::fail("a store of 16 bytes is misaligned");
+  }
+  std::memcpy(to, word, 16);
+}
+
+SPARSE_ATTN_DEVICE void load_matrices(uint32_t (&word)[4], uint32_t row) {
+  const auto rows = emulator::exchange("load_matrices", row);
+  const int lane = emulator::lane();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto* from = emulator::shared_at(rows.of[8 * matrix + lane / 4], 16);
+    word[matrix] = emulator::load<uint32_t>(from + 4 * (lane % 4));
+  }
+}
+
+SPARSE_ATTN_DEVICE void load_matrices_transposed(uint32_t (&word)[4], uint32_t row) {
+  const auto rows = emulator::exchange("load_matrices_transposed", row);
+  const int lane = emulator::lane();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    word[matrix] = 0;
+    for (int half = 0; half < 2; ++half) {
+      const auto* from = emulator::shared_at(rows.of[8 * matrix + 2 * (lane % 4) + half], 16);
+      word[matrix] |= static_cast<uint32_t>(emulator::load<uint16_t>(from + 2 * (lane / 4))) << (16 * half);
+    }
+  }
+}
+
+template <Element ELEMENT>
+SPARSE_ATTN_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
+  struct Words {
+    uint32_t left[4], right[2];
+  };
+  const auto words = emulator::exchange("multiply_add", Words{{left[0], left[1], left[2], left[3]}, {right0, right1}});
+  const int lane = emulator::lane();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, upper = i / 2, column = 2 * (lane % 4) + i % 2;
+    double total = sum[i];
+    for (int k = 0; k < 16; ++k) {
+      const int quarter = k % 8 / 2, right = k / 8;
+      const float a = emulator::element<ELEMENT>(words.of[4 * row + quarter].left[upper + 2 * right], k % 2);
+      const float b = emulator::element<ELEMENT>(words.of[4 * column + quarter].right[right], k % 2);
+      total += static_cast<double>(a) * b;
+    }
+    sum[i] = static_cast<float>(total);
+  }
+}
+
+template <Element ELEMENT>
+SPARSE_ATTN_DEVICE uint32_t pack(float low, float high) {
+  const auto bits = [](float number) -> uint32_t {
+    if (ELEMENT == Element::Float16) {
+      const auto half = static_cast<_Float16>(number);
+      return emulator::load<uint16_t>(&half);
+    }
+    const auto word = emulator::load<uint32_t>(&number);
+    return std::isnan(number) ? 0x7fff : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+  };
+  return bits(low) | bits(high) << 16;
+}
+
+SPARSE_ATTN_DEVICE float exp2_of(float x) {
+  return std::exp2(x);
+}
+
+SPARSE_ATTN_DEVICE float log2_of(float x) {
+  return std::log2(x);
+}
+
+SPARSE_ATTN_DEVICE float inverse_of(float x) {
+  return 1.0f / x;
+}
+
+SPARSE_ATTN_DEVICE float multiply_add_clamped(float a, float b, float c) {
+  const float sum = std::fma(a, b, c);
+  return std::isnan(sum) ? 0.0f : std::clamp(sum, 0.0f, 1.0f);
+}
+
+SPARSE_ATTN_DEVICE uint32_t multiply_add_down(float a, float b, float c) {
+  const double exact = static_cast<double>(a) * b + c;
+  auto rounded = static_cast<float>(exact);
+  if (rounded > exact) {
+    rounded = std::nextafter(rounded, -INFINITY);
+  }
+  return emulator::load<uint32_t>(&rounded);
+}
+
+SPARSE_ATTN_DEVICE uint32_t choose_bytes(uint32_t low, uint32_t high, uint32_t choice) {
+  const uint64_t bytes = low | static_cast<uint64_t>(high) << 32;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = choice >> (4 * i) & 15;
+    if (digit > 7) {
+      emulator::fail("a byte is chosen by a digit above 7");
+    }
+    word |= static_cast<uint32_t>(bytes >> (8 * digit) & 255) << (8 * i);
+  }
+  return word;
+}
+
+SPARSE_ATTN_DEVICE uint32_t ballot(bool predicate) {
+  const auto all = emulator::exchange("ballot", predicate);
+  uint32_t word = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    word |= static_cast<uint32_t>(all.of[lane]) << lane;
+  }
+  return word;
+}
+
+SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane) {
+  return emulator::exchange("from_lane", word).of[lane % 32];
+}
+
+SPARSE_ATTN_DEVICE int uniform(int number) {
+  return emulator::exchange("uniform", number).of[0];
+}
+
+template <class T>
+SPARSE_ATTN_DEVICE T from_neighbour(T own, int distance) {
+  return emulator::exchange("from_neighbour", own).of[emulator::lane() ^ distance];
+}
+
+SPARSE_ATTN_DEVICE int count_bits(uint32_t word) {
+  return __builtin_popcount(word);
+}
+
+}  // namespace sparse_attn

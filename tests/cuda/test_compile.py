@@ -1,0 +1,74 @@
+"""The CUDA kernel compiles without a GPU, fits multiprocessors, and links into an extension that loads without one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "csrc"))
+import nvcc  # noqa: E402
+
+COMPILER = nvcc.find()
+TARGETS = ("80", "90")  # what lies between and beyond has the same registers
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+THREADS_OF_A_MULTIPROCESSOR = 384  # two blocks of 6 warps each
+MACRO = "TORCH_TARGET_VERSION=0x020b000000000000"
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="there is no nvcc"),
+    pytest.mark.xdist_group("cuda"),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> tuple[Path, str]:
+    """The object file, and what ptxas says of its kernels."""
+    target = tmp_path_factory.mktemp("nvcc") / "attention.o"
+    include = [str(Path(torch.__file__).parent / "include")]
+    done = nvcc.compile_object(
+        COMPILER, target, include, [MACRO], TARGETS, ["-Xptxas", "-v", "-Werror", "all-warnings"]
+    )
+    assert done.returncode == 0, done.stderr
+    return target, done.stdout + done.stderr
+
+
+def test_kernels_fit_and_spill_nothing(compiled):
+    report = compiled[1]
+    names = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", report)
+    # float16 and bfloat16, head_dim 32 and 64, three ways of rounding
+    assert {target for _, target in names} == set(TARGETS) and len(names) == 12 * len(TARGETS)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(registers) == len(spills) == len(names)
+    assert set(spills) == {("0", "0", "0")}
+    rounded_up = -(-max(registers) // 8) * 8
+    assert rounded_up * THREADS_OF_A_MULTIPROCESSOR <= REGISTERS_OF_A_MULTIPROCESSOR
+
+
+def test_kernels_use_the_instructions_they_are_made_for(compiled):
+    """Products of matrices, rows gathered from shared memory as they are and transposed, asynchronous copies."""
+    cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+    listing = subprocess.run([cuobjdump, "-sass", compiled[0]], capture_output=True, text=True).stdout
+    kernels = listing.split("Function :")[1:]
+    assert len(kernels) == 12 * len(TARGETS)
+    for kernel in kernels:
+        for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS"):
+            assert instruction in kernel
+
+
+def test_the_object_links_into_a_library_that_loads_without_a_gpu(compiled, tmp_path):
+    library, folder = tmp_path / "attention.so", Path(torch.__file__).parent / "lib"
+    command = ["c++", "-shared", compiled[0], "-o", library, f"-L{folder}", "-ltorch_cpu", "-ltorch"]
+    subprocess.run([*command, *nvcc.link_arguments(COMPILER)], check=True, capture_output=True)
+    code = f"""
+import torch
+from sparse_attn.backends import native_cuda
+torch.ops.load_library({str(library)!r})
+assert torch._C._dispatch_has_kernel_for_dispatch_key("sparse_attn::native_attention_cuda", "CUDA")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

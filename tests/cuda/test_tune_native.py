@@ -1,0 +1,59 @@
+"""Which kernel is faster, measured by a timer that says so."""
+
+import pytest
+import torch
+
+from benchmarks import tune_native
+from benchmarks.attention_workloads import Workload
+from benchmarks.tune_bench import Layouts, WrongResult
+from benchmarks.tune_problems import TuningProblem
+from benchmarks.tune_table import TableFile
+from sparse_attn.backends import native_cuda
+from sparse_attn.kernels.configuration import BlockConfig, read_table
+from tests.helpers import CUDA
+
+pytestmark = pytest.mark.xdist_group("cuda")
+
+
+def masks(granularity: str, device: torch.device) -> torch.Tensor:
+    keep = torch.rand(2, 2, 48, 48, generator=torch.Generator().manual_seed(0)) < 0.3
+    return keep.to(device)
+
+
+@pytest.mark.parametrize(("native", "triton", "faster"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.01, False)])
+def test_the_best_cut_and_whether_it_is_faster(device, tmp_path, monkeypatch, native, triton, faster):
+    place, path = torch.device(device, 0) if device == "cuda" else torch.device(device), tmp_path / "table.json"
+    problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32, bits=3)
+    times = iter([[3.0, 1.5, *[2.0] * (len(tune_native.CONFIGS) - 2)], [native, triton]])
+
+    def measure(calls, seconds):
+        for call in calls:
+            call()
+        return next(times)
+
+    line = tune_native._tune(problem, Layouts(place), measure, TableFile(path, "Some GPU"), place)
+    assert line == f"native {1e3 * native:.1f} us (12 warps, 1 parts), Triton {1e3 * triton:.1f} us"
+    ((known, config),) = read_table(path).native
+    assert config == BlockConfig(12, 1, faster) and (known.rounded, known.head_dim, known.key_len) == (True, 32, 48)
+
+
+def test_wrong_results_are_not_timed(device, tmp_path, monkeypatch):
+    forward = native_cuda.forward
+    monkeypatch.setattr(native_cuda, "forward", lambda call: (2 * forward(call)[0], None))
+    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
+    problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32)
+    table = TableFile(tmp_path / "table.json", "Some GPU")
+    with pytest.raises(WrongResult, match="the Triton kernel's"):
+        tune_native._tune(problem, Layouts(place), None, table, place)
+
+
+def test_problems_are_what_the_kernel_computes():
+    names = [problem.name for problem in tune_native.native_problems()]
+    assert "forward-squad384-element-64-float16" in names and "forward-3bits-squad384-tile-64-float16" in names
+    assert not any("long" in name or "float32" in name or "-128-" in name for name in names)
+
+
+@pytest.mark.skipif(CUDA, reason="there is a GPU")
+def test_without_a_gpu_there_is_one_line(capsys):
+    assert tune_native.main([]) == 2
+    assert capsys.readouterr().err == "benchmarks.tune_native: error: no GPU is available\n"
