@@ -8,7 +8,7 @@ patch_bert(model, mask, bits=3)
 from .attention import sparse_attention
 from .averages import AttentionAverages
 from .integrations.collection import collect_averages
-from .integrations.transformers import is_patched, patch_bert, patched, unpatch
+from .integrations.transformers import is_patched, patch_bert, patch_model, patched, unpatch
 from .layout import SparseLayout
 from .masks import GlobalMask
 from .published import load_published_averages
@@ -26,6 +26,7 @@ __all__ = [
     "load_published_averages",
     "log_table",
     "patch_bert",
+    "patch_model",
     "patched",
     "quantize",
     "sparse_attention",

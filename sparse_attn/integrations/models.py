@@ -1,38 +1,138 @@
-"""What a transformers model is made of: its self-attention modules, in the order of its layers."""
+"""What a transformers model is made of: its family, its self-attention modules and what runs its layers."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.bert.modeling_bert import BertSelfAttention
 
-# Self-attention classes whose layers are counted from 0, one module a layer.
-SELF_ATTENTION_CLASSES: tuple[type[nn.Module], ...] = (BertSelfAttention,)
+
+@dataclass(frozen=True)
+class Family:
+    """How the encoders of one architecture are built.
+
+    Attributes:
+        name: what people call it.
+        attention: class of the self-attention modules.
+        stack: class of the module that runs the layers one after the other.
+        query: name of an attention module's query projection.
+        heads: name of its number of heads.
+        shared: class of the module that is called once for each layer, where layers share their weights.
+    """
+
+    name: str
+    attention: str
+    stack: str
+    query: str = "query"
+    heads: str = "num_attention_heads"
+    shared: str | None = None
+
+
+# Named, not imported: a model's classes are there once there is a model.
+FAMILIES = (
+    Family("BERT", "BertSelfAttention", "BertEncoder"),
+    Family("RoBERTa", "RobertaSelfAttention", "RobertaEncoder"),
+    Family("XLM-RoBERTa", "XLMRobertaSelfAttention", "XLMRobertaEncoder"),
+    Family("CamemBERT", "CamembertSelfAttention", "CamembertEncoder"),
+    Family("ELECTRA", "ElectraSelfAttention", "ElectraEncoder"),
+    Family("DistilBERT", "DistilBertSelfAttention", "Transformer", query="q_lin", heads="n_heads"),
+    Family("ALBERT", "AlbertAttention", "AlbertTransformer", shared="AlbertLayerGroup"),
+)
+BERT = FAMILIES[0]
+
+
+def is_a(module: nn.Module, name: str | None) -> bool:
+    """Whether a module is of the class of transformers with this name."""
+    return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder of a model.
+
+    Attributes:
+        family: of the model.
+        model: the transformers model itself, as given or found inside of what was given.
+        attention: the self-attention module of each layer, first layer first; the same one several times where layers
+            share it.
+        stacks: the modules that run the layers.
+    """
+
+    family: Family
+    model: PreTrainedModel
+    attention: list[nn.Module]
+    stacks: list[nn.Module]
+
+    @property
+    def heads(self) -> int:
+        return getattr(self.attention[0], self.family.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention[0].attention_head_size
+
+    def query_of(self, module: nn.Module) -> nn.Linear:
+        """An attention module's query projection."""
+        return getattr(module, self.family.query)
+
+
+def encoder_of(model: nn.Module) -> Encoder:
+    """Looks into a model of a supported family, or into a module around one, such as a SentenceTransformer.
+
+    Attention modules are found by class and ordered by their place in the model, never by `layer_idx`, which other
+    attention modules may share.
+
+    Raises:
+        TypeError: there is no such model in it, or several.
+        ValueError: an ALBERT whose groups hold several layers.
+    """
+    inner = _transformers_model(model)
+    supported = ", ".join(family.name for family in FAMILIES)
+    for family in FAMILIES:
+        modules = [module for module in inner.modules() if is_a(module, family.attention)]
+        if modules:
+            stacks = [module for module in inner.modules() if is_a(module, family.stack)]
+            return Encoder(family, inner, _one_a_layer(inner, family, modules), stacks)
+    raise TypeError(f"{type(inner).__name__} has no attention that can be patched; expected a model of {supported}")
+
+
+def _transformers_model(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        return model
+    found = [] if not isinstance(model, nn.Module) else list(_outermost(model))
+    if len(found) != 1:
+        what = f"holds {len(found)} transformers models" if found else "is not a transformers model and holds none"
+        raise TypeError(f"{type(model).__name__} {what}; expected one, such as BertModel or a Bert model with a head")
+    return found[0]
+
+
+def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield child
+        else:
+            yield from _outermost(child)
+
+
+def _one_a_layer(model: PreTrainedModel, family: Family, modules: list[nn.Module]) -> list[nn.Module]:
+    if family.shared is None:
+        return modules
+    layers, groups = model.config.num_hidden_layers, model.config.num_hidden_groups
+    if len(modules) != groups:
+        raise ValueError(
+            f"{type(model).__name__} has {len(modules)} layers in {groups} groups (inner_group_num "
+            f"{model.config.inner_group_num}); expected groups of one layer"
+        )
+    return [modules[layer * groups // layers] for layer in range(layers)]
 
 
 def self_attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules of a BERT model, one a layer, first layer first.
-
-    They are found by class and ordered by their place in the model, never by `layer_idx`, which other attention
-    modules may share. Raises TypeError for a model without any, or that is no transformers model.
-    """
-    supported = ", ".join(cls.__name__ for cls in SELF_ATTENTION_CLASSES)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"{type(model).__name__} is not a transformers model; expected BertModel or a Bert model with a head "
-            f"(anything whose layers have {supported})"
-        )
-    modules = [module for module in model.modules() if isinstance(module, SELF_ATTENTION_CLASSES)]
-    if not modules:
-        raise TypeError(
-            f"{type(model).__name__} has no attention that can be patched; expected BertModel or a Bert model with a "
-            f"head (BertForQuestionAnswering, BertForMaskedLM, ...), whose layers have {supported}"
-        )
-    return modules
+    """The self-attention module of each layer of a model, first layer first. Raises what `encoder_of` does."""
+    return encoder_of(model).attention
 
 
 def own_config(model: PreTrainedModel, config: PretrainedConfig | None = None) -> None:

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 from transformers.models.bert import modeling_bert
 
 from sparse_attn import GlobalMask, is_patched, patch_bert, patched, sparse_attention, unpatch
-from sparse_attn.integrations import transformers as integration
+from sparse_attn.integrations import routing
 from tests.helpers import DEVICE
 from tests.integrations.conftest import padded_inputs, small_config
 
@@ -270,7 +270,7 @@ def test_follows_the_model(model, tmp_path):
     assert not is_patched(loaded) and loaded.config._attn_implementation == "sdpa"
     torch.testing.assert_close(run(patch_bert(loaded, MASK, bits=3), inputs).last_hidden_state, output)
     state = model.to("meta").encoder.layer[0].attention.self.sparse_attention
-    assert state.layout.device.type == "meta"
+    assert [layout.device.type for layout in state.layouts.values()] == ["meta"]
 
 
 def test_loaded_with_any_attention_implementation(model, twin, tmp_path):
@@ -324,11 +324,16 @@ def test_wrong_masks_and_models_are_named(model, tmp_path):
     refused("backend is 'cuda'", MASK, backend="cuda")
     refused("Linear is not a transformers model", MASK, error=TypeError, target=nn.Linear(2, 2))
     gpt = GPT2Model(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=9))
-    refused("GPT2Model has no attention that can be patched; expected BertModel", MASK, error=TypeError, target=gpt)
+    refused(
+        "GPT2Model has no attention that can be patched; expected a model of BERT", MASK, error=TypeError, target=gpt
+    )
 
 
 def test_wrong_inputs_are_named(model):
     patch_bert(model, GlobalMask.random(2, 2, 16, sparsity=0.5))
+    with pytest.raises(ValueError, match="longest packed sequence has 20 tokens .* the mask, which covers 16"):
+        run(model, device_inputs())
+    patch_bert(model, GlobalMask.random(2, 2, 16, sparsity=0.5), unpad=False)
     with pytest.raises(ValueError, match="queries end at position 20 and keys at 20, the mask covers 16"):
         run(model, device_inputs())
     inputs = device_inputs((8, 8))
@@ -343,8 +348,8 @@ def test_wrong_inputs_are_named(model):
 
 def test_registered_name_is_accepted_by_transformers(model):
     """Both registries know the name; without the mask function, padding would be ignored silently."""
-    assert integration.ATTENTION_NAME in modeling_bert.ALL_ATTENTION_FUNCTIONS
+    assert routing.ATTENTION_NAME in modeling_bert.ALL_ATTENTION_FUNCTIONS
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    assert integration.ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    assert routing.ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     assert isinstance(small_config(), BertConfig) and callable(sparse_attention)

@@ -1,0 +1,200 @@
+"""What transformers calls in a patched model: the attention function and the mask function, in its registries."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from ..attention import attention_probabilities, prepare, sparse_attention
+from ..layout import SparseLayout
+from ..masks import GlobalMask
+from ..quantization import QuantizationTable
+from .models import Encoder, is_a
+from .packing import Packing
+
+ATTENTION_NAME = "sparse_attn"
+STATE = "sparse_attention"
+_LAYER, _COUNTER = "sparse_attention_layer", "sparse_attention_counter"
+
+
+class SparseAttentionState(nn.Module):
+    """What a patched attention module needs, following it from device to device.
+
+    It holds no parameters and no buffers, so the model's state dict and dtype conversions leave it alone.
+
+    Attributes:
+        layers: the mask's layers that the module computes: one, but in models whose layers share it.
+        layouts: of these layers, on the device of the weights.
+        previous_implementation: of the model's attention, before it was patched.
+        handles: hooks that belong to the patch.
+    """
+
+    def __init__(
+        self,
+        mask: GlobalMask,
+        layers: list[int],
+        table: QuantizationTable | None,
+        backend: str,
+        head_dim: int,
+        weight: Tensor,
+    ):
+        super().__init__()
+        self.mask, self.layers = mask, layers
+        self.table, self.backend, self.head_dim = table, backend, head_dim
+        self.previous_implementation = ""
+        self.handles: list[Any] = []
+        self.follow(weight)
+
+    def follow(self, weight: Tensor) -> None:
+        """Compiles what the backend needs for a weight's device and dtype now, not inside a traced forward pass."""
+        self.layouts = {layer: self.mask.layout(layer, weight.device) for layer in self.layers}
+        self.device, self.dtype = weight.device, weight.dtype
+        if weight.device.type != "meta":
+            for layout in self.layouts.values():
+                prepare(layout, self.head_dim, weight.dtype, self.backend, rounded=self.table is not None)
+
+    def layout(self, layer: int | None, device: torch.device) -> SparseLayout:
+        """The layout of a layer, by default of the only one."""
+        layer = self.layers[0] if layer is None else layer
+        layout = self.layouts[layer]
+        return layout if layout.device == device else self.mask.layout(layer, device)
+
+    def _apply(self, function, recurse=True):
+        self.follow(function(torch.empty(0, device=self.device, dtype=self.dtype)))
+        return super()._apply(function, recurse)
+
+    def extra_repr(self) -> str:
+        bits = self.table.bits if self.table else None
+        return f"layers={self.layers}, bits={bits}, backend={self.backend!r}"
+
+
+def number_shared_layers(encoder: Encoder) -> list[Any]:
+    """Where layers share modules, tells each call of them which layer it is. Returns the hooks' handles."""
+    if encoder.family.shared is None:
+        return []
+    handles = [stack.register_forward_pre_hook(_start_counting, with_kwargs=True) for stack in encoder.stacks]
+    groups = [module for module in encoder.model.modules() if is_a(module, encoder.family.shared)]
+    return handles + [group.register_forward_pre_hook(_number_layer, with_kwargs=True) for group in groups]
+
+
+def _start_counting(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, _COUNTER: count()}
+
+
+def _number_layer(group: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, _LAYER: next(kwargs[_COUNTER])}
+
+
+def sparse_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Packing | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: query [batch, heads, query_len, head_dim] and so on; output
+    [batch, query_len, heads, head_dim], and the probabilities where `output_attentions` asks for them.
+
+    With a Packing in the place of the padding mask the batch is one sequence of all real tokens."""
+    causal = bool(getattr(module, "is_causal", False))
+    state = getattr(module, STATE, None)
+    if state is None:  # cross-attention stays dense
+        _check_mask(attention_mask)
+        return _dense(query, key, value, attention_mask, scaling, dropout, causal), None
+    layout = state.layout(kwargs.get(_LAYER), query.device)
+    call = dict(scale=scaling, bits=state.table, causal=causal, dropout=dropout)
+    wanted = bool(kwargs.get("output_attentions"))
+    if not isinstance(attention_mask, Packing):
+        _check_mask(attention_mask)
+        return _padded(query, key, value, attention_mask, layout, call, state.backend, wanted)
+    packing = attention_mask
+    tokens = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [tokens, heads, head_dim]
+    if packing.padding is None and not wanted:
+        packed = dict(cu_seqlens=packing.cu_seqlens, max_length=packing.longest)
+        return sparse_attention(*tokens, layout, backend=state.backend, **packed, **call).unsqueeze(0), None
+    padded = [packing.padded(tensor).transpose(1, 2) for tensor in tokens]
+    real = packing.padding
+    if real is None:
+        real = packing.padded(packing.places.new_ones(packing.tokens, dtype=torch.bool))
+    output, probabilities = _padded(*padded, real, layout, call, state.backend, wanted)
+    return packing.packed(output).unsqueeze(0), probabilities
+
+
+def _check_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: a patched model takes the two-dimensional "
+            "padding mask [batch, length]; what a query may see beyond that is the global mask's part"
+        )
+
+
+def _padded(
+    query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, layout: SparseLayout, call: dict[str, Any],
+    backend: str, output_attentions: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention of padded tensors [batch, heads, length, head_dim]; `real` is the padding mask [batch, key_len]."""
+    query_len, key_len = query.shape[2], key.shape[2]
+    query_offset = key_len - query_len  # with a key-value cache the queries are the last positions
+    lengths = None
+    if real is not None:
+        # Where the last real token ends. No look at the values: the host need not wait, and compilation sees no branch.
+        lengths = (real * torch.arange(1, key_len + 1, device=key.device)).amax(1)
+    call = call | dict(
+        query_offset=query_offset, key_lengths=lengths, key_padding_mask=real,
+        query_lengths=None if lengths is None else (lengths - query_offset).clamp(min=0),
+    )  # fmt: skip
+    if output_attentions:
+        output, probabilities = attention_probabilities(query, key, value, layout, **call)
+        return output.transpose(1, 2).contiguous(), probabilities
+    return sparse_attention(query, key, value, layout, backend=backend, **call).transpose(1, 2), None
+
+
+def padding_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+    mask_function=causal_mask_function, attention_mask: Tensor | None = None, use_vmap: bool = False, **kwargs,
+) -> Tensor | None:  # fmt: skip
+    """transformers' mask function: hands the padding mask [batch, key_len] on as it is, true = real token.
+
+    Raises ValueError for what a padding mask cannot say: static caches, packed position ids, overlays.
+    """
+    if isinstance(q_offset, Tensor) or kv_offset != 0:
+        raise ValueError("a patched model works with dynamic key-value caches only; pass a DynamicCache or none")
+    if use_vmap or mask_function not in (bidirectional_mask_function, causal_mask_function):
+        raise ValueError(
+            "a patched model takes plain bidirectional or causal attention with a padding mask; extra mask functions "
+            "and packed position_ids are not supported"
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, length]")
+    return attention_mask.to(torch.bool)
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    causal: bool,
+) -> Tensor:
+    allowed = None if padding is None else padding[:, None, None, :]
+    output = scaled_dot_product_attention(
+        query, key, value, allowed, dropout_p=dropout, scale=scaling, is_causal=causal
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(ATTENTION_NAME, sparse_attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
