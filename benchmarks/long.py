@@ -1,0 +1,160 @@
+"""Whole passes of an encoder over long documents, dense and sparse: `python -m benchmarks.long --help`.
+
+The model has BERT-base's shape with 4,096 positions and random weights, the masks keep 10 % of the positions: a band,
+global tokens and stripes of keys. Attention is about half of the dense arithmetic at that length. Times are taken in
+turns in one process, peak memory in a process for each variant. Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .device import commit, describe_device, pick_device, synchronize, versions
+from .long_variants import Document, Variant, Wrong, check, inputs_of, make, variants_on
+from .measure import peak_memory, reset_peak_memory
+from .options import DTYPES, OneLineParser, at_least, can_hold_files, chosen, names, positive
+from .pages import ABSENT, complete_files
+from .timing import make_timer, percentiles, time_in_turns
+
+COLUMNS = ("variant", "mask", "bits", "seconds", "tokens/s", "speed-up", "peak memory")
+
+
+def parse_options(arguments: list[str] | None = None) -> Namespace:
+    parser = OneLineParser(prog="python -m benchmarks.long", description="Times encoders on long documents.")
+    parser.add_argument("--length", type=at_least(64), default=4096, help="tokens of a document (default: %(default)s)")
+    parser.add_argument("--batch", type=at_least(1), help="documents (default: 8 on a GPU, 1 on a CPU)")
+    parser.add_argument("--layers", type=at_least(1), default=12, help="(default: %(default)s)")
+    parser.add_argument("--density", type=positive, default=0.1, help="kept share (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--variants", type=names, help="by commas (default: all that the device is for)")
+    parser.add_argument(
+        "--seconds", type=positive, default=20.0, help="of time for each variant (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", default=Path("results/long.json"))
+    options = parser.parse_args(arguments)
+    if options.json.is_dir() or not can_hold_files(options.json.parent):
+        parser.error(f"argument --json: {options.json} cannot be written")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 2 for input of no use, 1 where a variant failed."""
+    options = parse_options(arguments)
+    try:
+        device = pick_device(options.device)
+        document = _document(options, device)
+        known = variants_on(device)
+        wanted = chosen("--variants", options.variants, list(dict.fromkeys(one.name for one in known)))
+    except ValueError as error:
+        print(f"benchmarks.long: error: {error}", file=sys.stderr)
+        return 2
+    variants = [one for one in known if one.name in wanted]
+    rows, failures = measure(document, variants, options.seconds)
+    results = {
+        "device": describe_device(device),
+        "device_type": device.type,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "document": {name: value for name, value in vars(document).items() if name != "device_type"},
+        "rows": rows,
+        "failures": failures,
+    }
+    print_table(results)
+    with complete_files(options.json.parent) as unfinished:
+        (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(options.json)
+    return int(bool(failures))
+
+
+def _document(options: Namespace, device: torch.device) -> Document:
+    gpu = device.type == "cuda"
+    return Document(
+        batch=options.batch or (8 if gpu else 1),
+        length=options.length,
+        layers=options.layers,
+        density=options.density,
+        dtype=options.dtype or ("bfloat16" if gpu else "float32"),
+        device_type=device.type,
+    )
+
+
+def measure(
+    document: Document, variants: list[Variant], seconds: float
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows in the order of `variants`, and what failed."""
+    device = torch.device(document.device_type)
+    inputs, timer, calls, failures = inputs_of(document), make_timer(device), {}, []
+    for variant in variants:
+        try:
+            check(document, variant)
+            forward = make(document, variant)
+            calls[variant] = timer.prepare(lambda forward=forward: forward(inputs), seconds)
+        except (Wrong, RuntimeError, ImportError, ValueError) as error:
+            failures.append({"variant": variant.label, "reason": " ".join(str(error).split())})
+    time_in_turns(timer, list(calls.values()), [seconds] * len(calls))
+    rows = []
+    for variant, timed in calls.items():
+        if timed.failure is not None:
+            failures.append({"variant": variant.label, "reason": str(timed.failure)})
+            continue
+        p20, p50, p80 = (milliseconds / 1e3 for milliseconds in percentiles(timed.milliseconds))
+        rows.append(
+            {
+                "variant": variant.name, "mask": variant.mask, "bits": variant.bits, "dtype": document.dtype,
+                "p20_s": p20, "p50_s": p50, "p80_s": p80, "tokens_per_second": document.batch * document.length / p50,
+                "peak_memory_bytes": _in_own_process(document, variant),
+            }
+        )  # fmt: skip
+    return rows, failures
+
+
+def _in_own_process(document: Document, variant: Variant) -> int:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(memory_of, document, variant).result()
+
+
+def memory_of(document: Document, variant: Variant) -> int:
+    """Peak memory of one pass in bytes, the model included; on a CPU also Python and its libraries."""
+    device = torch.device(document.device_type)
+    forward, inputs = make(document, variant), inputs_of(document)
+    reset_peak_memory(device)
+    forward(inputs)
+    synchronize(device)
+    return peak_memory(device)
+
+
+def print_table(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    document, rows = results["document"], results["rows"]
+    shape = f"{document['batch']} x {document['length']} tokens, {document['layers']} layers, {document['dtype']}"
+    table = Table(title=f"long documents: {shape}, {results['device']}", title_justify="left")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    slowest_dense = next((row["p50_s"] for row in rows if row["variant"] == "sdpa"), None)
+    for row in rows:
+        speed_up = ABSENT if slowest_dense is None else f"{slowest_dense / row['p50_s']:.2f}x"
+        table.add_row(
+            row["variant"], row["mask"], ABSENT if row["bits"] is None else str(row["bits"]), f"{row['p50_s']:.3f}",
+            f"{row['tokens_per_second']:,.0f}", speed_up, f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        )  # fmt: skip
+    table.caption = "Speed-up: compared with sdpa."
+    Console(width=120).print(table)
+    for failure in results["failures"]:
+        print(f"{failure['variant']}: {failure['reason']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What is timed on long documents: encoders with dense and with sparse attention, and whether they compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from sparse_attn import GlobalMask, patch_bert
+
+from .synthetic_masks import synthetic_mask
+
+_BERT_BASE = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
+_CHECKED_LENGTH = 512
+_LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}  # relative, of one layer's output
+
+Forward = Callable[[dict[str, Tensor]], Tensor]
+
+
+class Wrong(Exception):
+    """A variant that computes something else."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """What the encoders read.
+
+    Attributes:
+        batch, length: documents, all of them full, and their tokens.
+        layers: of the encoder.
+        density: share of positions that the masks keep.
+        dtype, device_type: names.
+    """
+
+    batch: int
+    length: int
+    layers: int
+    density: float
+    dtype: str
+    device_type: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An encoder: its attention, its mask ("dense", "element" or "tile"), the bits that probabilities are rounded to,
+    and whether its layers are compiled."""
+
+    name: str
+    attention: str
+    mask: str = "dense"
+    bits: int | None = None
+    compiled: bool = False
+
+    @property
+    def label(self) -> str:
+        bits = "" if self.bits is None else f", {self.bits} bits"
+        return f"{self.name}, {self.mask}{bits}"
+
+
+def variants_on(device: torch.device) -> list[Variant]:
+    """Those worth measuring on a device: compiling gains little on a CPU."""
+    variants = [
+        Variant("eager", "eager"),
+        Variant("sdpa", "sdpa"),
+        Variant("sparse", "sdpa", "element"),
+        Variant("sparse", "sdpa", "tile"),
+        Variant("sparse", "sdpa", "tile", bits=3),
+    ]
+    if device.type == "cuda":
+        variants += [
+            Variant("compiled", "sdpa", compiled=True),
+            Variant("sparse-compiled", "sdpa", "element", compiled=True),
+            Variant("sparse-compiled", "sdpa", "tile", compiled=True),
+        ]
+    return variants
+
+
+def inputs_of(document: Document) -> dict[str, Tensor]:
+    tokens = torch.randint(0, 1000, (document.batch, document.length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": tokens.to(document.device_type)}
+
+
+def make(document: Document, variant: Variant) -> Forward:
+    """A function from inputs to the last hidden state. All variants have the same weights."""
+    model = _model(document, variant.attention)
+    if variant.mask != "dense":
+        patch_bert(model, _mask(document, variant.mask), variant.bits)
+    if variant.compiled:
+        for layer in model.encoder.layer:
+            layer.compile(dynamic=False)
+    return partial(_run, model)
+
+
+def check(document: Document, variant: Variant) -> None:
+    """Compares one layer on the first tokens with the reference in float32. Raises Wrong."""
+    short = replace(document, batch=1, length=min(document.length, _CHECKED_LENGTH), layers=1)
+    own = make(short, variant)(inputs_of(short)).float()
+    exact_model = _model(replace(short, dtype="float32"), "eager")
+    if variant.mask != "dense":
+        patch_bert(exact_model, _mask(short, variant.mask), variant.bits, backend="reference")
+    exact = _run(exact_model, inputs_of(short))
+    error = (torch.linalg.vector_norm(own - exact) / torch.linalg.vector_norm(exact)).item()
+    if not error <= _LIMITS[document.dtype]:  # NaN is not
+        raise Wrong(f"the output is off by {error:.1e} of its size, at most {_LIMITS[document.dtype]:.0e} expected")
+
+
+@torch.inference_mode()
+def _run(model: BertModel, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs).last_hidden_state
+
+
+def _model(document: Document, attention: str) -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        **_BERT_BASE, num_hidden_layers=document.layers, max_position_embeddings=document.length,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).eval()
+    return model.to(document.device_type, getattr(torch, document.dtype))
+
+
+@cache
+def _mask(document: Document, granularity: str) -> GlobalMask:
+    keep = synthetic_mask(
+        granularity, torch.device("cpu"), _BERT_BASE["num_attention_heads"], document.length, document.density
+    )
+    return GlobalMask(keep.expand(document.layers, -1, -1, -1))
