@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from sparse_attn.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 # One worker runs these tests, so that each wheel is built once.
 pytestmark = pytest.mark.xdist_group("packaging")
@@ -115,11 +119,21 @@ print(importlib.util.find_spec("sparse_attn.kernels.{kernel}").origin)
 
 
 @needs_compiler
-def test_wheel_works_outside_the_repository(wheel, tmp_path):
-    _, folder = wheel
-    done = python(IMPORT_WHEEL.replace("{kernel}", KERNELS[0].stem), tmp_path, folder)
+def test_an_installed_wheel_works_outside_the_repository(wheel, tmp_path):
+    """In an environment that holds nothing else; what the package depends on comes from this one."""
+    name, folder = wheel
+    clean = tmp_path / "clean"
+    venv.create(clean, symlinks=True)
+    own = clean / "bin" / "python"
+    install = [sys.executable, "-m", "pip", f"--python={own}", "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, folder.parent / "source" / "dist" / name], check=True, capture_output=True)
+    (site,) = clean.glob("lib/python*/site-packages")
+    # A path in a .pth file does not bring the .pth files there, and so no editable installation.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    code = IMPORT_WHEEL.replace("{kernel}", KERNELS[0].stem)
+    done = subprocess.run([own, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    package = folder / "sparse_attn"
+    package = site / "sparse_attn"
     kernels = package / "kernels"
     assert done.stdout.split() == [str(package / "__init__.py"), str(kernels), str(kernels / KERNELS[0].name)]
 
