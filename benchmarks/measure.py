@@ -7,30 +7,51 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from .device import synchronize
+from .energy import energy_counter
 
 Result = TypeVar("Result")
 
 
-def timed_passes(run_pass: Callable[[], Result], device: torch.device, repeats: int) -> tuple[list[float], Result]:
-    """Runs `run_pass` once to warm up, then `repeats` times.
+@dataclass(frozen=True)
+class Timed(Generic[Result]):
+    """What `timed_passes` found.
 
-    Returns the seconds of each repeat, up to the end of all work on `device`, and the last result.
+    Attributes:
+        warm_up_seconds: of the first pass, which compiles and allocates.
+        seconds: of each pass after it, up to the end of all work on the device.
+        joules: that such a pass took, their mean; None where no driver tells.
+        result: of the last pass.
     """
-    run_pass()
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        result = run_pass()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds, result
+
+    warm_up_seconds: float
+    seconds: list[float]
+    joules: float | None
+    result: Result
+
+
+def timed_passes(run_pass: Callable[[], Result], device: torch.device, repeats: int) -> Timed[Result]:
+    """Runs `run_pass` once to warm up, then `repeats` times."""
+    warm_up_seconds, _ = _timed(run_pass, device)
+    used = energy_counter(device)
+    before = used() if used else 0.0
+    passes = [_timed(run_pass, device) for _ in range(repeats)]
+    joules = (used() - before) / repeats if used else None
+    return Timed(warm_up_seconds, [seconds for seconds, _ in passes], joules, passes[-1][1])
+
+
+def _timed(run_pass: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    synchronize(device)
+    start = time.perf_counter()
+    result = run_pass()
+    synchronize(device)
+    return time.perf_counter() - start, result
 
 
 def reset_peak_memory(device: torch.device) -> None:

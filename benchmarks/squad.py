@@ -1,26 +1,29 @@
 """Accuracy, time and memory of dense and sparse attention on SQuAD: `python -m benchmarks.squad --help`.
 
 Collects a model's average attention, prunes it to a global mask, and measures each variant in a process of
-its own on identical batches. Prints one table and writes results.json, results.md and results.png.
+its own on identical batches. Prints one table and writes results.json, results.md, results.html and pictures.
 """
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
+from dataclasses import replace
 
 import torch
 from transformers.utils import logging
 
-from .squad_models import make_models
 from .squad_options import parse_options
 from .squad_results import summary, write_results
-from .squad_rows import VariantFailed, measure_rows
-from .squad_setting import read_setting
-from .squad_table import print_table
+from .squad_rows import Outcome, measure_rows
+from .squad_seeds import ModelsByGranularity, measure_seeds
+from .squad_setting import Setting, read_setting
+from .squad_table import print_header, print_table
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark. Returns the exit status: 2 for input of no use, 1 for a run that failed."""
+    """Runs the benchmark. Returns the exit status: 2 for input of no use, 1 for a run that failed or of which a row
+    did, 130 for one that was interrupted."""
     options = parse_options(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -28,25 +31,41 @@ def main(arguments: list[str] | None = None) -> int:
         setting = read_setting(options)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         return _fail(error, status=2)
-    models = make_models(setting)
-    setting.model = None  # the memory is for the variants
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
     try:
-        rows = measure_rows(setting, models)
-    except VariantFailed as error:
-        return _fail(error, status=1)
-    results = summary(setting, models, rows)
-    print_table(results)
-    try:
-        write_results(results, options.output)
+        return _run(setting)
     except OSError as error:
         return _fail(error, status=1)
-    print(f"{options.output}: results.json, results.md and results.png")
-    return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; --resume goes on from the rows that are printed above", status=130)
 
 
-def _fail(error: Exception, status: int) -> int:
+def _run(asked: Setting) -> int:
+    outcomes: list[Outcome] = []
+
+    def measure(setting: Setting, models: ModelsByGranularity) -> list[dict]:
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if outcomes:  # another seed, for its accuracy
+            options = Namespace(**{**vars(setting.options), "sweep": []})
+            setting = replace(setting, options=options, variants=outcomes[0].measured)
+            print(f"seed {options.seed + len(outcomes)}:")
+        else:
+            print_header()
+        outcomes.append(measure_rows(setting, models))
+        return outcomes[-1].rows
+
+    models, rows = measure_seeds(asked, measure)
+    if not rows:
+        return _fail("no row could be measured", status=1)
+    results = summary(asked, models, replace(outcomes[0], rows=rows))
+    print_table(results)
+    output = asked.options.output
+    write_results(results, [found.mask for found in models.values() if found.mask is not None], output)
+    print(f"{output}: results.json, results.md, results.html and pictures")
+    return int(any(one.failed or one.unwritten is not None for one in outcomes))
+
+
+def _fail(error: Exception | str, status: int) -> int:
     print(f"benchmarks.squad: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 

@@ -8,14 +8,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 
-from sparse_attn import GlobalMask, patched
+from sparse_attn import GlobalMask, distil, patched
 from sparse_attn.squad.windows import Window
 from sparse_attn.training import finetune_question_answering
 from sparse_attn.version import __version__
@@ -41,17 +42,28 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class DistilRecipe:
+    """How a sparse checkpoint is distilled from a dense one; the fields are those of `sparse_attn.distil`."""
+
+    seed: int
+    epochs: int = 5
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A folder or hub name to load a model from, and how it came about.
 
-    `losses` are those of the fine-tuning's epochs, `cached` says that it happened in an earlier run; both are
-    None for a model that was given.
+    `losses` are those of the training's epochs, `how` says in words what that was, `cached` that it happened in an
+    earlier run; all are None for a model that was given.
     """
 
     path: str
     name: str
     losses: list[float] | None = None
     cached: bool | None = None
+    how: str | None = None
 
 
 def packaged_model() -> str:
@@ -108,36 +120,83 @@ def finetuned(
     about it.
     """
     kind = "dense" if mask is None else "sparse"
-    key = _digest(model, windows, recipe, mask)
+    fields = [
+        [window.input_ids, window.token_type_ids, window.start_position, window.end_position] for window in windows
+    ]
+
+    def train() -> list[float]:
+        settings = {**asdict(recipe), "input_names": input_names(tokenizer), "description": f"fine-tuning, {kind}"}
+        with nullcontext() if mask is None else patched(model, mask):
+            return finetune_question_answering(model, windows, tokenizer.pad_token_id, **settings)
+
+    key, how = _digest([model], fields, recipe, mask), "fine-tuned" if mask is None else "retrained on the labels"
+    return _kept(kind, key, model, tokenizer, recipe, len(windows), cache, train, how)
+
+
+def distilled(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer,
+    inputs: Sequence[dict[str, list[int]]],
+    recipe: DistilRecipe,
+    cache: Path,
+    mask: GlobalMask,
+    source: str,
+) -> Checkpoint:
+    """The checkpoint that `recipe` makes of `student`, with `mask` applied, by what `teacher` computes for `inputs`.
+
+    `source` says where the inputs come from. Training changes `student`. The result is kept in `cache` as that of
+    `finetuned` is.
+    """
+
+    def train() -> list[float]:
+        settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": "distilling, sparse"}
+        with patched(student, mask):
+            return distil(student, teacher, inputs, **settings)
+
+    key = _digest([student, teacher], list(inputs), recipe, mask)
+    how = f"distilled on {source}, without labels,"
+    return _kept("sparse", key, student, tokenizer, recipe, len(inputs), cache, train, how)
+
+
+def _kept(
+    kind: str,
+    key: str,
+    model: PreTrainedModel,
+    tokenizer,
+    recipe: Recipe | DistilRecipe,
+    windows: int,
+    cache: Path,
+    train: Callable[[], list[float]],
+    how: str,
+) -> Checkpoint:
+    """The checkpoint of this kind and key in `cache`; if it is not there, what `train` makes of `model`."""
     folder = cache / "squad" / f"{kind}-{key}"
     record = folder / "recipe.json"
     if record.is_file():
-        return Checkpoint(str(folder), folder.name, json.loads(record.read_text())["losses"], cached=True)
-    train = {
-        **asdict(recipe),
-        "input_names": input_names(tokenizer),
-        "description": f"fine-tuning, {kind}",
-    }
-    if mask is None:
-        losses = finetune_question_answering(model, windows, tokenizer.pad_token_id, **train)
-    else:
-        with patched(model, mask):
-            losses = finetune_question_answering(model, windows, tokenizer.pad_token_id, **train)
+        return Checkpoint(str(folder), folder.name, json.loads(record.read_text())["losses"], True, how)
+    losses = train()
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        made = {**asdict(recipe), "losses": losses, "windows": len(windows), "package_version": __version__}
+        made = {
+            "method": type(recipe).__name__,
+            **asdict(recipe),
+            "losses": losses,
+            "windows": windows,
+            "package_version": __version__,
+        }
         (unfinished / record.name).write_text(json.dumps(made, indent=2) + "\n")
         os.chmod(unfinished, 0o755)
-        if folder.exists():
+        if folder.exists() and not record.is_file():
             shutil.rmtree(folder)
-        unfinished.replace(folder)
-    except BaseException:
+        if not record.is_file():  # another process of the same run may have been first
+            unfinished.replace(folder)
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return Checkpoint(str(folder), folder.name, losses, cached=False)
+    return Checkpoint(str(folder), folder.name, losses, False, how)
 
 
 def input_names(tokenizer) -> list[str]:
@@ -163,20 +222,22 @@ def _check_name(name: str) -> bool:
     return False
 
 
-def _digest(model: PreTrainedModel, windows: Sequence[Window], recipe: Recipe, mask: GlobalMask | None) -> str:
+def _digest(
+    models: Sequence[PreTrainedModel], examples: Sequence, recipe: Recipe | DistilRecipe, mask: GlobalMask | None
+) -> str:
     digest = hashlib.sha256()
-    device = next(model.parameters()).device.type
-    digest.update(json.dumps([type(model).__name__, device, asdict(recipe)]).encode())
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    for window in windows:
-        fields = [window.input_ids, window.token_type_ids, window.start_position, window.end_position]
-        digest.update(json.dumps(fields).encode())
+    for model in models:
+        device = next(model.parameters()).device.type
+        digest.update(json.dumps([type(model).__name__, device, type(recipe).__name__, asdict(recipe)]).encode())
+        config = model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            config.pop(name, None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    for example in examples:
+        digest.update(json.dumps(example).encode())
     if mask is not None:
         digest.update(str(tuple(mask.keep.shape)).encode())
         digest.update(mask.keep.numpy().data)

@@ -7,7 +7,10 @@ patch_bert(model, mask, bits=3)
 
 from .attention import sparse_attention
 from .averages import AttentionAverages
+from .calibration import ProbabilityHistogram, calibrated_table, renormalised_table
+from .distillation import distil
 from .integrations.collection import collect_averages
+from .integrations.probabilities import collect_probabilities
 from .integrations.transformers import is_patched, patch_bert, patch_model, patched, unpatch
 from .layout import SparseLayout
 from .masks import GlobalMask
@@ -18,10 +21,14 @@ from .version import __version__
 __all__ = [
     "AttentionAverages",
     "GlobalMask",
+    "ProbabilityHistogram",
     "QuantizationTable",
     "SparseLayout",
     "__version__",
+    "calibrated_table",
     "collect_averages",
+    "collect_probabilities",
+    "distil",
     "is_patched",
     "load_published_averages",
     "log_table",
@@ -29,6 +36,7 @@ __all__ = [
     "patch_model",
     "patched",
     "quantize",
+    "renormalised_table",
     "sparse_attention",
     "unpatch",
 ]

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from layers above its own in this list, or from its own layer without a cycle.
 LAYERS = [
     ["version"],
-    ["files", "extension", "progress", "dropout"],
+    ["files", "extension", "progress", "dropout", "distributed"],
     ["bitpacking"],
-    ["averages", "published", "quantization", "ranking"],
+    ["averages", "published", "quantization", "calibration", "ranking"],
     ["layout"],
     ["masks"],
     ["ops", "validation"],
@@ -24,11 +24,21 @@ LAYERS = [
     ["backends"],
     ["attention"],
     ["integrations"],
-    ["heads", "analysis", "squad", "training"],
+    ["heads", "analysis", "squad", "trainer", "training", "distillation"],
     ["cli", "doctor", "benchmarks"],
 ]
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-MAY_IMPORT_TRANSFORMERS = {"integrations", "squad", "training", "heads", "analysis", "cli", "benchmarks"}
+MAY_IMPORT_TRANSFORMERS = {
+    "integrations",
+    "squad",
+    "trainer",
+    "training",
+    "distillation",
+    "heads",
+    "analysis",
+    "cli",
+    "benchmarks",
+}
 
 COLD_START = """
 import sys
@@ -86,6 +96,7 @@ def part(module: str) -> str:
     return "benchmarks" if names[0] == "benchmarks" else ".".join(names[1:2])
 
 
+@cache
 def own_imports() -> list[tuple[str, str]]:
     return [
         (module, name)
@@ -134,6 +145,7 @@ def test_no_import_cycle():
         visit(node, [])
 
 
+@cache
 def backends() -> set[str]:
     """The modules that can be asked what they do not support; shared helpers beside them are no backends."""
     return {

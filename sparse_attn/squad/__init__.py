@@ -15,17 +15,19 @@ Comprehension of Text" (2016); the sliding windows and the choice of a span are 
 
 from sparse_attn.squad.answers import best_answers
 from sparse_attn.squad.metrics import exact_match_and_f1
-from sparse_attn.squad.reading import Question, read_squad, split_articles
-from sparse_attn.squad.windows import Window, collate, length_sorted_batches, make_windows
+from sparse_attn.squad.reading import Question, misplaced_answers, read_squad, split_articles
+from sparse_attn.squad.windows import Window, WindowTensors, collate, length_sorted_batches, make_windows
 
 __all__ = [
     "Question",
     "Window",
+    "WindowTensors",
     "best_answers",
     "collate",
     "exact_match_and_f1",
     "length_sorted_batches",
     "make_windows",
+    "misplaced_answers",
     "read_squad",
     "split_articles",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 
 from sparse_attn.squad.reading import Question
@@ -21,7 +23,7 @@ class Window:
         input_ids: [tokens], special tokens included.
         token_type_ids: [tokens], 1 in the context's segment.
         offsets: [tokens], first character and end (excluded) in the context; None outside the context.
-        start_position: token with which the question's first answer starts.
+        start_position: token with which the question's answer starts, the first one whose place is known.
         end_position: token with which it ends, included. Both are 0 unless this window holds all of it.
     """
 
@@ -65,22 +67,110 @@ def make_windows(questions: Sequence[Question], tokenizer, max_length: int = 384
     return windows
 
 
-def length_sorted_batches(windows: Sequence[Window], batch_size: int) -> list[list[int]]:
-    """Indices of the windows, longest first, in batches of `batch_size` (the last may be smaller).
+def length_sorted_batches(
+    windows: Sequence[Window], batch_size: int | None = None, *, tokens_per_batch: int | None = None
+) -> list[list[int]]:
+    """Indices of the windows, longest first, in batches by count or by a budget of tokens.
 
-    Windows of one length keep their order. The first batch is the largest, so a lack of memory shows at once.
+    Windows of one length keep their order. The first batch has the longest windows, so a lack of memory shows early.
+
+    Args:
+        windows: what to put into batches.
+        batch_size: windows a batch (the last may be smaller). Either this or `tokens_per_batch`.
+        tokens_per_batch: most tokens of a batch, padding included: its windows times its longest one.
 
     Raises:
-        ValueError: `batch_size` is below 1.
+        ValueError: both or neither were given, one is below 1, or a window is longer than the budget.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    if (batch_size is None) == (tokens_per_batch is None):
+        raise ValueError(
+            f"batch_size is {batch_size} and tokens_per_batch {tokens_per_batch}; expected one of them, and one only"
+        )
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index].input_ids))
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    if tokens_per_batch is None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    batches, first = [], 0
+    while first < len(order):
+        longest = len(windows[order[first]].input_ids)
+        if longest > tokens_per_batch:
+            raise ValueError(
+                f"tokens_per_batch is {tokens_per_batch}; expected at least the longest window's {longest}"
+            )
+        batches.append(order[first : first + tokens_per_batch // longest])
+        first += len(batches[-1])
+    return batches
+
+
+class WindowTensors:
+    """Windows as flat tensors, so that a batch of them is put together by a few tensor operations.
+
+    Attributes:
+        lengths: int64 [windows], tokens of each.
+        input_ids, token_type_ids: int64 [tokens of all windows], one window after the other.
+    """
+
+    def __init__(self, windows: Sequence[Window]):
+        if not windows:
+            raise ValueError("no windows to collate; expected at least one")
+        self.lengths = torch.tensor([len(window.input_ids) for window in windows])
+        self.input_ids = _flat([window.input_ids for window in windows])
+        self.token_type_ids = _flat([window.token_type_ids for window in windows])
+        self._starts = self.lengths.cumsum(0) - self.lengths
+
+    def padded(self, indices: Sequence[int], pad_token_id: int, pad_to: int | None = None) -> dict[str, torch.Tensor]:
+        """Tensors of the windows `indices`, padded on the right.
+
+        Args:
+            indices: the windows of the batch, at least one.
+            pad_token_id: the tokenizer's padding token.
+            pad_to: length of the rows; the longest window's if None.
+
+        Returns:
+            int64 tensors [windows, length]: input_ids, attention_mask (1 = token, 0 = padding) and token_type_ids.
+
+        Raises:
+            ValueError: a window is longer than `pad_to`, or the tokenizer has no padding token.
+        """
+        if pad_token_id is None:
+            raise ValueError("pad_token_id is None; expected an id: give the tokenizer a padding token")
+        rows = torch.as_tensor(indices)
+        lengths = self.lengths[rows].unsqueeze(1)
+        longest = int(lengths.max())
+        if pad_to is not None and longest > pad_to:
+            raise ValueError(f"a window has {longest} tokens, more than pad_to ({pad_to}); raise pad_to")
+        columns = torch.arange(longest if pad_to is None else pad_to)
+        real = columns < lengths
+        places = (self._starts[rows].unsqueeze(1) + columns).clamp(max=len(self.input_ids) - 1)
+        return {
+            "input_ids": self.input_ids[places].masked_fill(~real, pad_token_id),
+            "attention_mask": real.long(),
+            "token_type_ids": self.token_type_ids[places] * real,
+        }
+
+    def packed(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Tensors of the windows `indices` in one row without padding.
+
+        Returns:
+            int64 tensors [1, tokens of the batch]: input_ids, token_type_ids and position_ids (from 0 in every
+            window), and cu_seqlens, int32 [windows + 1], where the windows begin and the last one ends.
+        """
+        rows = torch.as_tensor(indices)
+        lengths = self.lengths[rows]
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        positions = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(lengths)
+        places = (positions + self._starts[rows].repeat_interleave(lengths)).unsqueeze(0)
+        return {
+            "input_ids": self.input_ids[places],
+            "token_type_ids": self.token_type_ids[places],
+            "position_ids": positions.unsqueeze(0),
+            "cu_seqlens": bounds.int(),
+        }
 
 
 def collate(windows: Sequence[Window], pad_token_id: int, pad_to: int | None = None) -> dict[str, torch.Tensor]:
-    """Tensors of a batch, padded on the right.
+    """Tensors of a batch with its labels, padded on the right.
 
     Args:
         windows: the windows of the batch, at least one.
@@ -94,29 +184,15 @@ def collate(windows: Sequence[Window], pad_token_id: int, pad_to: int | None = N
     Raises:
         ValueError: there is no window, one is longer than `pad_to`, or the tokenizer has no padding token.
     """
-    if not windows:
-        raise ValueError("no windows to collate; expected at least one")
-    if pad_token_id is None:
-        raise ValueError("pad_token_id is None; expected an id: give the tokenizer a padding token")
-    longest = max(len(window.input_ids) for window in windows)
-    length = longest if pad_to is None else pad_to
-    if longest > length:
-        raise ValueError(f"a window has {longest} tokens, more than pad_to ({pad_to}); raise pad_to")
-    input_ids = torch.full((len(windows), length), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(windows), length), dtype=torch.int64)
-    token_type_ids = torch.zeros((len(windows), length), dtype=torch.int64)
-    for row, window in enumerate(windows):
-        tokens = len(window.input_ids)
-        input_ids[row, :tokens] = torch.tensor(window.input_ids)
-        attention_mask[row, :tokens] = 1
-        token_type_ids[row, :tokens] = torch.tensor(window.token_type_ids)
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
+        **WindowTensors(windows).padded(range(len(windows)), pad_token_id, pad_to),
         "start_positions": torch.tensor([window.start_position for window in windows]),
         "end_positions": torch.tensor([window.end_position for window in windows]),
     }
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), dtype=np.int64, count=sum(map(len, rows))))
 
 
 def _windows_of_batch(
@@ -140,7 +216,7 @@ def _windows_of_batch(
     ]
     answers: dict[int, list[tuple[int, int]]] = {owner: [] for owner in owners}
     for owner, spans in zip(owners, offsets, strict=True):
-        answers[owner].extend(_spans_of_first_answer(questions[owner], spans))
+        answers[owner].extend(_spans_of_answer(questions[owner], spans))
     for row, owner in enumerate(owners):
         start, end = _answer_positions(offsets[row], answers[owner])
         yield Window(
@@ -153,12 +229,13 @@ def _windows_of_batch(
         )
 
 
-def _spans_of_first_answer(question: Question, offsets: list[tuple[int, int] | None]) -> list[tuple[int, int]]:
-    """The character spans of the tokens that have a character of the first answer."""
-    if not question.answers:
+def _spans_of_answer(question: Question, offsets: list[tuple[int, int] | None]) -> list[tuple[int, int]]:
+    """The character spans of the tokens that have a character of the first answer whose place is known."""
+    placed = [(text, start) for text, start in zip(question.answers, question.answer_starts) if start >= 0]
+    if not placed:
         return []
-    start = question.answer_starts[0]
-    end = start + len(question.answers[0])
+    text, start = placed[0]
+    end = start + len(text)
     return [span for span in offsets if span is not None and span[0] < end and span[1] > start]
 
 

@@ -13,8 +13,20 @@ CPU = torch.device("cpu")
 
 def test_the_first_pass_only_warms_up():
     passes = []
-    seconds, last = timed_passes(lambda: passes.append(None) or len(passes), CPU, repeats=3)
-    assert (len(seconds), last) == (3, 4)
+    timed = timed_passes(lambda: passes.append(None) or len(passes), CPU, repeats=3)
+    assert (len(timed.seconds), timed.result) == (3, 4) and timed.warm_up_seconds > 0
+
+
+def test_joules_are_those_of_one_pass_and_not_of_the_first(monkeypatch):
+    used = [5.0]
+    monkeypatch.setattr("benchmarks.measure.energy_counter", lambda device: lambda: used[0])
+
+    def run_pass():
+        used[0] += 7.0
+
+    assert timed_passes(run_pass, CPU, repeats=3).joules == pytest.approx(7.0)
+    monkeypatch.setattr("benchmarks.measure.energy_counter", lambda device: None)
+    assert timed_passes(run_pass, CPU, repeats=1).joules is None
 
 
 def test_peak_memory_keeps_what_was_freed():

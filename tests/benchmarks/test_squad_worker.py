@@ -1,14 +1,20 @@
 """What the process behind one row measures."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import RobertaConfig, RobertaForQuestionAnswering
+from transformers.models.bert.modeling_bert import BertIntermediate
 
+from benchmarks import squad_peers
+from benchmarks.attention_variants import Absent
 from benchmarks.squad_checkpoints import input_names, load_model
-from benchmarks.squad_variants import table_variants
-from benchmarks.squad_worker import Job, measure, write_inputs
+from benchmarks.squad_feeding import write_inputs
+from benchmarks.squad_variants import NAMES, default_names, table_variants
+from benchmarks.squad_worker import Job, main, measure
 from sparse_attn import GlobalMask
 from sparse_attn.squad.reading import read_squad
 from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
@@ -28,14 +34,27 @@ def job(tmp_path, windows, tokenizer, model_folder):
         label="row",
         checkpoint=str(model_folder),
         attention="eager",
+        padding="longest",
+        compiled=False,
         mask=None,
         bits=None,
+        table=None,
         dtype="float32",
         device="cpu",
         inputs=str(inputs),
-        pad_to=None,
+        max_length=48,
         repeats=2,
     )
+
+
+@pytest.fixture
+def saved_mask(tmp_path):
+    def save(sparsity):
+        path = tmp_path / f"mask-{sparsity}.safetensors"
+        GlobalMask.random(2, 2, 48, sparsity=sparsity).save(path)
+        return str(path)
+
+    return save
 
 
 @pytest.fixture
@@ -52,51 +71,152 @@ def expected(windows, model_folder):
     return torch.cat(starts), torch.cat(ends)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("pad_to", [None, 48])
-def test_logits_are_those_of_each_window_alone(job, expected, attention, pad_to):
-    measured, logits = measure(replace(job, attention=attention, pad_to=pad_to))
-    torch.testing.assert_close(logits["start"], expected[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits["end"], expected[1], atol=1e-5, rtol=1e-5)
-    assert len(measured.seconds) == 2
+def assert_equal_logits(logits, expected, tolerance=1e-5):
+    torch.testing.assert_close(logits["start"], expected[0], atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(logits["end"], expected[1], atol=tolerance, rtol=tolerance)
 
 
-def test_a_mask_and_bits_are_applied(job, expected, tmp_path):
-    path = tmp_path / "mask.safetensors"
-    GlobalMask.random(2, 2, 48, sparsity=0.0).save(path)
-    _, whole = measure(replace(job, attention="sdpa", mask=str(path)))
-    torch.testing.assert_close(whole["start"], expected[0], atol=1e-5, rtol=1e-5)
-    _, rounded = measure(replace(job, attention="sdpa", mask=str(path), bits=1))
+@pytest.mark.parametrize(
+    ("attention", "padding"),
+    [("eager", "max"), ("eager", "longest"), ("sdpa", "max"), ("sdpa", "longest"), ("packed", "none")],
+)
+def test_logits_are_those_of_each_window_alone(job, windows, expected, attention, padding):
+    measured, logits = measure(replace(job, attention=attention, padding=padding))
+    assert_equal_logits(logits, expected)
+    assert len(measured.seconds) == 2 and measured.warm_up_seconds > 0
+    lengths = [len(window.input_ids) for window in windows]
+    places = {
+        "none": sum(lengths),
+        "max": 48 * len(windows),
+        "longest": sum(len(batch) * lengths[batch[0]] for batch in length_sorted_batches(windows, 5)),
+    }
+    assert measured.processed_tokens == places[padding]
+    assert (measured.kernel is not None) == (attention == "packed")
+
+
+@pytest.mark.parametrize("padding", ["max", "longest", "none"])
+def test_a_mask_and_bits_are_applied(job, expected, saved_mask, padding):
+    job = replace(job, attention="sparse", padding=padding, mask=saved_mask(0.0), repeats=1)
+    assert_equal_logits(measure(job)[1], expected)
+    _, rounded = measure(replace(job, bits=1))
     assert not torch.allclose(rounded["start"], expected[0], atol=1e-3)
-    GlobalMask.random(2, 2, 48, sparsity=0.9).save(path)
-    _, pruned = measure(replace(job, attention="sdpa", mask=str(path)))
+    table = [0.5, [0.0, 0.0]]  # every probability becomes 0
+    _, zeros = measure(replace(job, bits=1, table=table))
+    assert not torch.allclose(zeros["start"], rounded["start"], atol=1e-3)
+    _, pruned = measure(replace(job, mask=saved_mask(0.9)))
     assert not torch.allclose(pruned["start"], expected[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_bfloat16_runs(job, expected, tmp_path, masked):
-    path = tmp_path / "mask.safetensors"
-    GlobalMask.random(2, 2, 48, sparsity=0.0).save(path)
-    _, logits = measure(replace(job, dtype="bfloat16", mask=str(path) if masked else None))
+def test_padding_leaves_the_layers_of_the_unpadded_model_only(job, windows, saved_mask, monkeypatch):
+    seen = []
+
+    def watch(self, hidden_states, *args, **kwargs):
+        seen.append(hidden_states.shape[:2].numel())
+        return original(self, hidden_states, *args, **kwargs)
+
+    original = BertIntermediate.forward
+    monkeypatch.setattr(BertIntermediate, "forward", watch)
+    tokens = sum(len(window.input_ids) for window in windows)
+    passes = 2 * 2  # layers, and a pass to warm up
+    for attention, padding, places in (
+        ("packed", "none", tokens), ("sparse", "none", tokens), ("sparse", "max", 48 * len(windows)),
+    ):  # fmt: skip
+        seen.clear()
+        measure(replace(job, attention=attention, padding=padding, mask=saved_mask(0.5), repeats=1))
+        assert sum(seen) == passes * places
+
+
+@pytest.mark.parametrize("attention", ["eager", "packed", "sparse"])
+def test_bfloat16_runs(job, expected, saved_mask, attention):
+    padding = "longest" if attention == "eager" else "none"
+    _, logits = measure(replace(job, dtype="bfloat16", attention=attention, padding=padding, mask=saved_mask(0.0)))
     assert logits["start"].dtype == torch.float32
-    torch.testing.assert_close(logits["start"], expected[0], atol=0.05, rtol=0.05)
+    assert_equal_logits(logits, expected, 0.05)
+
+
+def test_compiled_models_are_compiled_and_equal(job, expected, saved_mask, monkeypatch):
+    compiled = []
+    original = torch.compile
+
+    def compile_simply(function, **options):
+        return original(function, **options, backend=lambda graph, inputs: compiled.append(graph) or graph)
+
+    monkeypatch.setattr(torch, "compile", compile_simply)
+    for attention, padding in (("sdpa", "longest"), ("sparse", "none")):
+        compiled.clear()
+        change = dict(attention=attention, padding=padding, compiled=True, mask=saved_mask(0.0), repeats=1)
+        assert_equal_logits(measure(replace(job, **change))[1], expected)
+        assert compiled
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+def test_flex_computes_what_the_mask_keeps(job, windows, saved_mask, sparsity, monkeypatch):
+    monkeypatch.setattr(squad_peers, "_flex", flex_attention)  # not compiled: the same function, slowly
+    mask = saved_mask(sparsity)
+    _, ours = measure(replace(job, attention="sparse", mask=mask, repeats=1))
+    measured, flex = measure(replace(job, attention="flex", mask=mask, repeats=1))
+    assert_equal_logits(flex, (ours["start"], ours["end"]))
+    assert measured.processed_tokens == 48 * len(windows) and "flex_attention" in measured.kernel
+
+
+def test_flash_attention_is_absent_on_a_cpu(job, tmp_path):
+    with pytest.raises(Absent, match="needs a GPU"):
+        measure(replace(job, attention="flash", padding="none"))
+    (tmp_path / "spec.json").write_text(json.dumps(asdict(replace(job, attention="flash", padding="none"))))
+    main([str(tmp_path / "spec.json"), str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == {"absent": "flash-attn needs a GPU"}
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_packed_attention_on_nested_tensors_is_the_same():
+    query, key, value = torch.randn(3, 1, 11, 2, 16).transpose(2, 3)
+    lengths = [5, 4, 2]
+    bounds = torch.tensor([0, 5, 9, 11], dtype=torch.int32)
+    outputs = [
+        function(query, key, value, 0.25, bounds, 5, lengths)
+        for function in (squad_peers._one_by_one, squad_peers._nested)
+    ]
+    assert outputs[0].shape == (1, 11, 2, 16)
+    torch.testing.assert_close(*outputs)
+
+
+def test_roberta_positions_begin_after_its_padding_token(tmp_path, tokenizer, windows, job):
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, pad_token_id=0, type_vocab_size=2,
+    )  # fmt: skip
+    RobertaForQuestionAnswering(config).save_pretrained(tmp_path / "roberta")
+    job = replace(job, checkpoint=str(tmp_path / "roberta"), repeats=1)
+    _, padded = measure(job)
+    _, packed = measure(replace(job, attention="packed", padding="none"))
+    assert_equal_logits(packed, (padded["start"], padded["end"]))
 
 
 def test_a_job_survives_json(job):
-    from dataclasses import asdict
-
     assert Job(**json.loads(json.dumps(asdict(job)))) == job
 
 
-def test_variants_are_dense_first_and_named_after_their_padding():
-    assert [(row.name, row.bits) for row in table_variants("longest", "float32", 3)] == [
-        ("eager-sorted", None),
-        ("sdpa-sorted", None),
-        ("sparse-sorted", None),
-        ("sparse-sorted", 3),
+def test_peers_come_first_and_then_ours_mask_by_mask():
+    rows = table_variants(NAMES, ["element", "tile"], 3)
+    assert [(row.name, row.granularity, row.bits) for row in rows] == [
+        *((name, None, None) for name in ("eager-padded", "sdpa-padded", "sdpa-sorted", "sdpa-unpadded")),
+        *(("flash-unpadded", None, None), ("compiled", None, None), ("flex", "element", None), ("flex", "tile", None)),
+        *(
+            (f"sparse-{kind}", granularity, bits)
+            for granularity in ("element", "tile")
+            for kind in ("padded", "sorted", "unpadded", "compiled")
+            for bits in (None, 3)
+        ),
     ]
-    assert [row.name for row in table_variants("max", "float32", None)] == [
-        "eager-padded",
-        "sdpa-padded",
-        "sparse-padded",
+    names = ["sparse-unpadded+bits", "sparse-sorted"]
+    assert [row.label for row in table_variants(names, ["tile"], 1)] == [
+        "sparse-sorted, tile",
+        "sparse-unpadded, tile, 1 bit",
     ]
+    assert [row.name for row in table_variants(names, ["tile"], None)] == ["sparse-sorted"]
+
+
+def test_a_cpu_leaves_out_what_compiles_for_minutes():
+    assert set(default_names("cuda")) - set(default_names("cpu")) == {"compiled", "flex", "sparse-compiled"}
+    assert set(default_names("cuda")) < set(NAMES)

@@ -1,27 +1,35 @@
 """`collect_averages`: a mean over real tokens, the same as transformers' own attentions give."""
 
+import copy
+
 import pytest
 import torch
-from transformers import BertForQuestionAnswering, BertModel
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertForMaskedLM, BertForQuestionAnswering, BertModel
 
 from sparse_attn import AttentionAverages, GlobalMask, collect_averages, patch_bert
 from tests.integrations.conftest import padded_inputs, small_config
 
+SIZES = dict(vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
 
-def from_output_attentions(model, batches, length) -> AttentionAverages:
+
+def from_output_attentions(model, batches, length, layers=2) -> AttentionAverages:
     """The definition, sequence by sequence: outer products of real positions."""
-    sums = torch.zeros(2, 2, length, length, dtype=torch.float64)
+    sums = torch.zeros(layers, 2, length, length, dtype=torch.float64)
     counts = torch.zeros(length, length, dtype=torch.int64)
+    model = copy.deepcopy(model).eval()
     model.set_attn_implementation("eager")
     for batch in batches:
         with torch.no_grad():
             attentions = model(**batch, output_attentions=True).attentions
+        assert len(attentions) == layers
         for index, real in enumerate(batch["attention_mask"].bool()):
             at = real.nonzero()[:, 0]
             counts[at.view(-1, 1), at] += 1
             for layer, attention in enumerate(attentions):
                 sums[layer][:, at.view(-1, 1), at] += attention[index][:, at.view(-1, 1), at].double()
-    model.set_attn_implementation("sdpa")
     return AttentionAverages(sums, counts)
 
 
@@ -98,8 +106,105 @@ def test_decoders_count_what_they_may_see():
     averages = collect_averages(model, [{"input_ids": torch.randint(0, 99, (3, 7))}], progress=False)
     assert torch.equal(averages.counts, 3 * torch.ones(7, 7, dtype=torch.int64).tril())
 
+    batch = padded_inputs((9, 5))
+    counts = torch.ones(9, 9, dtype=torch.int64)
+    counts[:5, :5] = 2
+    padded = collect_averages(model, [batch], progress=False)
+    assert torch.equal(padded.counts, counts.tril())
+    expected = from_output_attentions(model, [batch], 9)
+    torch.testing.assert_close(padded.sums, expected.sums, atol=1e-6, rtol=0)
+
+
+def test_a_key_value_cache_and_cross_attention_keep_padding():
+    """Where padding cannot leave the tensors, its rows and columns are skipped."""
+    model = BertModel(small_config(is_decoder=True, add_cross_attention=True)).eval()
+    batch = padded_inputs((12, 7, 3)) | {"encoder_hidden_states": torch.randn(3, 5, 64)}
+    batch["encoder_attention_mask"] = torch.tensor([[1] * 5, [1, 1, 1, 0, 0], [1] * 5])
+    batch["attention_mask"][0, 3:6] = 0
+    averages = collect_averages(model, [batch], progress=False)
+    expected = from_output_attentions(model, [batch], 12)
+    torch.testing.assert_close(averages.sums, expected.sums, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Roberta", "Electra", "DistilBert", "Albert"])
+def test_every_family(name):
+    settings = SIZES | {"embedding_size": 32} if name in ("Electra", "Albert") else SIZES
+    if name == "DistilBert":
+        settings = dict(vocab_size=99, dim=64, n_layers=3, n_heads=2, hidden_dim=64)
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4 if parameter.ndim == 2 else 1)
+    batches = [padded_inputs((20, 13, 1)), padded_inputs((9, 9))]
+    expected = from_output_attentions(model, batches, 20, layers=3)
+    averages = collect_averages(model, batches, progress=False)
+    torch.testing.assert_close(averages.sums, expected.sums, atol=1e-6, rtol=0)
+    around = nn.Sequential(nn.ModuleDict({"auto_model": model}))  # the shape of a SentenceTransformer
+    assert torch.equal(collect_averages(around, batches, progress=False).sums, averages.sums)
+
+
+def test_bfloat16_models_are_averaged_in_float32(model):
+    batches = [padded_inputs((20, 13)), padded_inputs((9, 9))]
+    averages = collect_averages(model.bfloat16(), batches, progress=False)
+    tokens = averages.counts.diagonal().double()
+    torch.testing.assert_close(averages.sums.sum(-1), tokens.expand(2, 2, 20), atol=1e-6, rtol=0)
+
+
+def test_sums_of_many_sequences_stay_exact(model):
+    """Sequences are added in float32 a few at a time, so an average does not drift with their number."""
+    batch = padded_inputs((6,) * 200)
+    expected = from_output_attentions(model, [batch], 6)
+    averages = collect_averages(model, [batch], progress=False)
+    torch.testing.assert_close(averages.mean, expected.mean, atol=1e-7, rtol=1e-6)
+
+
+def test_rows_of_padding_alone_count_as_empty_sequences(model):
+    batch = padded_inputs((6, 4))
+    batch["attention_mask"][1] = 0
+    alone = collect_averages(model, [{"input_ids": batch["input_ids"][:1]}], progress=False)
+    for other in (batch, {name: tensor.flip(0) for name, tensor in batch.items()}):
+        averages = collect_averages(model, [other], progress=False)
+        torch.testing.assert_close(averages.sums, alone.sums, atol=1e-6, rtol=0)
+        assert (averages.sequences, averages.tokens) == (2, 6)
+    batch["attention_mask"][:] = 0
+    assert collect_averages(model, [batch], max_length=6, progress=False).counts.sum() == 0
+
+
+def test_no_attention_of_a_whole_batch_is_ever_held(model):
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim == 4 and result.shape[-1] == result.shape[-2]:
+                self.numbers = max(self.numbers, result.shape[0])
+            return result
+
+    batch = padded_inputs((30,) * 8)
+    with Largest() as largest:
+        collect_averages(model, [batch], progress=False)
+    assert largest.numbers == 2  # the sums, [layers, heads, length, length]
+    with Largest() as largest:
+        from_output_attentions(model, [batch], 30)
+    assert largest.numbers == 8
+
+
+def test_what_follows_the_last_attention_is_not_computed():
+    model = BertForMaskedLM(small_config()).eval()
+    calls = []
+    model.cls.register_forward_hook(lambda *_: calls.append("head"))
+    for number, layer in enumerate(model.bert.encoder.layer):
+        layer.output.register_forward_hook(lambda *_, number=number: calls.append(number))
+    collect_averages(model, [padded_inputs()], progress=False)
+    assert calls == [0]
+    model(**padded_inputs())
+    assert calls == [0, 0, 1, "head"]
+
 
 def test_bad_input_is_named(model):
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 9, 9\)"):
+        collect_averages(
+            model, [{"input_ids": torch.ones(2, 9).long(), "attention_mask": torch.ones(2, 1, 9, 9)}], progress=False
+        )
     with pytest.raises(ValueError, match="no batch"):
         collect_averages(model, [], progress=False)
     with pytest.raises(ValueError, match="length 20, more than max_length 10"):

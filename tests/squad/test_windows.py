@@ -1,10 +1,12 @@
 """Windows cover every context, know where the answer is, and come in batches longest first."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies
 
-from sparse_attn.squad import Window, collate, length_sorted_batches, make_windows
+from sparse_attn.squad import Window, WindowTensors, collate, length_sorted_batches, make_windows
 from tests.squad.samples import ask, contexts, letter_tokenizer
 
 TOKENIZER = letter_tokenizer()
@@ -121,9 +123,54 @@ def test_sorted_batches_are_a_permutation_from_long_to_short(lengths, batch_size
     assert all(1 <= len(batch) <= batch_size for batch in batches[-1:])
 
 
+@settings(deadline=None)
+@given(strategies.lists(strategies.integers(2, 40), min_size=1), strategies.integers(0, 99))
+def test_batches_by_tokens_hold_no_more_and_as_much_as_they_can(lengths, room):
+    budget = max(lengths) + room
+    batches = length_sorted_batches([window_of(tokens) for tokens in lengths], tokens_per_batch=budget)
+    order = [index for batch in batches for index in batch]
+    assert order == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    for batch in batches:
+        assert len(batch) * lengths[batch[0]] <= budget
+    for batch in batches[:-1]:
+        assert (len(batch) + 1) * lengths[batch[0]] > budget
+
+
 def test_batches_of_nothing_are_refused():
     with pytest.raises(ValueError, match="batch_size is 0"):
         length_sorted_batches([window_of(3)], 0)
+    with pytest.raises(ValueError, match="tokens_per_batch is 2; expected at least the longest window's 3"):
+        length_sorted_batches([window_of(3)], tokens_per_batch=2)
+    for both in ((None, None), (2, 9)):
+        with pytest.raises(ValueError, match="expected one of them, and one only"):
+            length_sorted_batches([window_of(3)], both[0], tokens_per_batch=both[1])
+
+
+def test_packed_windows_follow_one_another():
+    tensors = WindowTensors([window_of(3), window_of(5), window_of(2)])
+    batch = tensors.packed([2, 0, 1])
+    assert batch["input_ids"].tolist() == [[5, 6, 5, 6, 7, 5, 6, 7, 8, 9]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 0, 1, 1, 0, 1, 1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 3, 4]]
+    assert batch["cu_seqlens"].tolist() == [0, 2, 5, 10] and batch["cu_seqlens"].dtype == torch.int32
+
+
+def test_any_windows_can_be_padded_in_any_order():
+    windows = [window_of(3), window_of(5), window_of(2)]
+    expected = collate([windows[2], windows[0]], 99, pad_to=6)
+    found = WindowTensors(windows).padded([2, 0], 99, pad_to=6)
+    assert found.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_an_answer_without_a_place_teaches_nothing_unless_another_has_one():
+    lost = replace(ask("ab cd ef", "cd"), answer_starts=(-1,))
+    (window,) = make_windows([lost], TOKENIZER)
+    assert (window.start_position, window.end_position) == (0, 0)
+    second = replace(lost, answers=("zz", "ef"), answer_starts=(-1, 6))
+    (window,) = make_windows([second], TOKENIZER)
+    assert text_of(window, second.context) == "ef"
 
 
 @pytest.mark.parametrize("pad_to", [None, 7])

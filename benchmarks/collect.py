@@ -1,0 +1,226 @@
+"""Collecting average attention beside `output_attentions=True`: `python -m benchmarks.collect --help`.
+
+The plain way asks transformers' eager attention for all probabilities of a batch and adds them up, rows of padding left
+out. Both must give the same averages before they are timed, in turns; peak memory is that of a process for each.
+Prints a table and writes JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from sparse_attn import AttentionAverages, collect_averages
+from sparse_attn.squad.reading import read_squad
+from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
+
+from .device import commit, describe_device, pick_device, synchronize, versions
+from .measure import peak_memory, reset_peak_memory
+from .options import OneLineParser, at_least, can_hold_files, chosen, names
+from .pages import complete_files
+from .squad_checkpoints import load_model, load_tokenizer, packaged_model
+from .squad_data import OWN_QUESTIONS
+from .squad_shapes import build_shape
+
+MODELS = ("minilm", "bert-base-shape")
+BATCHES = {
+    "padded": "in the order of the data, padded to the greatest length",
+    "longest": "in the order of the data, padded to the longest window of each batch",
+    "sorted": "sorted by length",
+}
+MAX_LENGTH = 384
+TOLERANCE = 5e-6  # of a mean: models in float32 are 1e-6 off the same model in float64, whatever adds them up
+COLUMNS = ("model", "batches", "way", "seconds", "windows/s", "speed-up", "peak memory")
+
+Batch = dict[str, torch.Tensor]
+
+
+class Different(Exception):
+    """The two ways disagree, so their times say nothing."""
+
+
+def output_attentions(model: PreTrainedModel, batches: Sequence[Batch]) -> AttentionAverages:
+    """The plain way. The products with the mask are summed over the batch: of einsum, matmul and this, the fastest."""
+    heads, layers = model.config.num_attention_heads, model.config.num_hidden_layers
+    device = next(model.parameters()).device
+    sums = torch.zeros(layers, heads, MAX_LENGTH, MAX_LENGTH, dtype=torch.float64, device=device)
+    counts = torch.zeros(MAX_LENGTH, MAX_LENGTH, device=device)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for batch in batches:
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            real = inputs["attention_mask"].float()
+            length = real.shape[1]
+            for layer, attention in enumerate(model(**inputs, output_attentions=True).attentions):
+                sums[layer, :, :length, :length] += (attention * real[:, None, :, None]).sum(0)
+            counts[:length, :length] += real.T @ real
+    return AttentionAverages(sums.cpu(), counts.long().cpu())
+
+
+def collected(model: PreTrainedModel, batches: Sequence[Batch]) -> AttentionAverages:
+    return collect_averages(model, batches, max_length=MAX_LENGTH, shard=False, progress=False)
+
+
+WAYS: dict[str, Callable[[PreTrainedModel, Sequence[Batch]], AttentionAverages]] = {
+    "output_attentions": output_attentions,
+    "collect_averages": collected,
+}
+
+
+def parse_options(arguments: list[str] | None = None) -> Namespace:
+    parser = OneLineParser(prog="python -m benchmarks.collect", description="Times the collection of averages.")
+    parser.add_argument("--data", type=Path, default=OWN_QUESTIONS, help="SQuAD v1.1 file (default: own questions)")
+    parser.add_argument("--windows", type=at_least(1), default=64, help="drawn from it (default: %(default)s)")
+    parser.add_argument("--batch-size", type=at_least(1), default=16, help="(default: %(default)s)")
+    parser.add_argument("--models", type=names, help=f"by commas, of {', '.join(MODELS)} (default: all)")
+    parser.add_argument("--batches", type=names, help=f"by commas, of {', '.join(BATCHES)} (default: all)")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="of each way (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--json", type=Path, metavar="OUT", default=Path("results/collect.json"))
+    options = parser.parse_args(arguments)
+    if options.json.is_dir() or not can_hold_files(options.json.parent):
+        parser.error(f"argument --json: {options.json} cannot be written")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 2 for input of no use, 1 where the two ways disagree."""
+    options = parse_options(arguments)
+    try:
+        device = pick_device(options.device)
+        models = chosen("--models", options.models, list(MODELS))
+        kinds = chosen("--batches", options.batches, list(BATCHES))
+        made = {kind: make_batches(kind, options.data, options.windows, options.batch_size) for kind in kinds}
+        rows = [row for name in models for kind in kinds for row in measure(name, kind, made[kind], options, device)]
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(error, status=2)
+    except Different as error:
+        return _fail(error, status=1)
+    batches = next(iter(made.values()))
+    results = {
+        "device": describe_device(device),
+        "device_type": device.type,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "arguments": {"data": options.data.name, "batch_size": options.batch_size, "repeats": options.repeats},
+        "windows": sum(len(batch["input_ids"]) for batch in batches),
+        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
+        "rows": rows,
+    }
+    print_table(results)
+    with complete_files(options.json.parent) as unfinished:
+        (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(options.json)
+    return 0
+
+
+def make_batches(kind: str, data: Path, count: int, batch_size: int) -> list[Batch]:
+    """The same windows whatever the kind of batches, at most `count`."""
+    tokenizer = load_tokenizer(packaged_model())
+    windows = make_windows(read_squad(data), tokenizer, max_length=MAX_LENGTH)
+    windows = random.Random(0).sample(windows, min(count, len(windows)))
+    indices = length_sorted_batches(windows, batch_size)
+    if kind != "sorted":
+        in_order = range(len(windows))
+        indices = [in_order[first : first + batch_size] for first in range(0, len(windows), batch_size)]
+    pad_to = MAX_LENGTH if kind == "padded" else None
+    batches = [collate([windows[index] for index in batch], tokenizer.pad_token_id, pad_to) for batch in indices]
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    return [{name: batch[name] for name in inputs} for batch in batches]
+
+
+def load(name: str, device: torch.device) -> PreTrainedModel:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if name == "minilm":
+        return load_model(packaged_model())[0].to(device)
+    return build_shape(name, 0, torch.float32, "sdpa").to(device)
+
+
+def measure(name: str, kind: str, batches: list[Batch], options: Namespace, device: torch.device) -> list[dict]:
+    """A row for each way. Raises Different where their averages disagree."""
+    model = load(name, device)
+    means = [way(model, batches).mean for way in WAYS.values()]  # also warms both up
+    difference = (means[0] - means[1]).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise Different(f"{name}, {kind}: averages differ by {difference:.1e}, more than {TOLERANCE:.0e}")
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(options.repeats):
+        for way, run in WAYS.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run(model, batches)
+            synchronize(device)
+            seconds[way].append(time.perf_counter() - start)
+    del model
+    return [
+        {
+            "model": name,
+            "batches": kind,
+            "way": way,
+            "median_s": statistics.median(taken),
+            "seconds": taken,
+            "largest_difference": difference,
+            "peak_memory_bytes": _in_own_process(name, kind, way, options, device),
+        }
+        for way, taken in seconds.items()
+    ]
+
+
+def _in_own_process(name: str, kind: str, way: str, options: Namespace, device: torch.device) -> int:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(memory_of, name, kind, way, options, device).result()
+
+
+def memory_of(name: str, kind: str, way: str, options: Namespace, device: torch.device) -> int:
+    """Peak memory of one way in bytes, the model included; on a CPU also Python and its libraries."""
+    batches, model = make_batches(kind, options.data, options.windows, options.batch_size), load(name, device)
+    reset_peak_memory(device)
+    WAYS[way](model, batches)
+    synchronize(device)
+    return peak_memory(device)
+
+
+def print_table(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"average attention of {results['windows']} windows, {results['device']}"
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index < 3 else "right")
+    plain = {
+        (row["model"], row["batches"]): row["median_s"] for row in results["rows"] if row["way"] == next(iter(WAYS))
+    }
+    for row in results["rows"]:
+        median = row["median_s"]
+        table.add_row(
+            row["model"], row["batches"], row["way"], f"{median:.2f}", f"{results['windows'] / median:.1f}",
+            f"{plain[row['model'], row['batches']] / median:.2f}x", f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        )  # fmt: skip
+    table.caption = "; ".join(f"{kind}: {text}" for kind, text in BATCHES.items())
+    Console(width=120).print(table)
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"benchmarks.collect: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Tables for rounding that are fitted to a model's own probabilities, for the kernels that take the published table.
+
+The bins are those of the published quantiser, of equal width in log2(p) (Ji et al., "On the Distribution, Sparsity, and
+Inference-time Quantization of Attention Values in Transformers", Findings of ACL 2021). What a bin stands for is free:
+the mean of what falls into it is the least-squares choice (Lloyd, "Least squares quantization in PCM", 1982; Max,
+"Quantizing for minimum distortion", 1960), and a factor on all levels restores the sum of a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .quantization import QuantizationTable, log_table
+
+BINS_PER_OCTAVE = 128
+_OCTAVES = 40
+_THRESHOLDS = [2.0 ** (-quarter / 4) for quarter in range(4, 61)]
+
+
+class ProbabilityHistogram:
+    """How often probabilities of each size occur: 5,120 bins of equal width in log2(p), however many are added.
+
+    Zeros are left out, so pruned positions, padding and rows without keys do not count.
+
+    Attributes:
+        counts: float64 [bins]; bin k holds probabilities from 2 ** (k / 128 - 40) on, the first one also all below.
+        sums: float64 [bins], of the probabilities in each bin.
+    """
+
+    def __init__(self):
+        self.counts = torch.zeros(_OCTAVES * BINS_PER_OCTAVE, dtype=torch.float64)
+        self.sums = torch.zeros_like(self.counts)
+
+    def add(self, probabilities: torch.Tensor) -> None:
+        """Counts probabilities after the softmax and before rounding: any shape, floating point, on any device.
+
+        Raises ValueError for values outside [0, 1].
+        """
+        values = probabilities.detach().float().flatten()
+        if not bool(((values >= 0) & (values <= 1 + 1e-4)).all()):
+            raise ValueError("expected probabilities after the softmax, from 0 to 1; some are outside or not finite")
+        values = values[values > 0]
+        place = (torch.log2(values) + _OCTAVES) * BINS_PER_OCTAVE
+        place = place.floor().clamp(0, len(self.counts) - 1).to(torch.int64)
+        self.counts += torch.bincount(place, minlength=len(self.counts)).cpu()
+        self.sums += torch.bincount(place, values.double(), minlength=len(self.counts)).cpu()
+
+    @property
+    def rows(self) -> float:
+        """How many rows were added: the probabilities of each sum to 1."""
+        return self.sums.sum().item()
+
+    def means(self) -> torch.Tensor:
+        """float64 [bins]: the mean of each bin's probabilities, 0 where there are none."""
+        return self.sums / self.counts.clamp(min=1)
+
+
+def calibrated_table(
+    probabilities: ProbabilityHistogram | torch.Tensor, bits: int, threshold: float | None = None
+) -> QuantizationTable:
+    """The table whose levels are the means of the probabilities in their bins; the mid-point for an empty bin.
+
+    Without `threshold`, the one of 57 from 2 ** -15 to 1/2 with the least expected squared error of an attention
+    output: the squared errors of a row's probabilities, as for values of independent sign, plus the square of what is
+    missing from the row's sum, as for values that are all alike.
+
+    Args:
+        probabilities: of the model that will be rounded, after its softmax: `collect_probabilities`, or a tensor of
+            any shape.
+        bits: 1 to 8.
+        threshold: probabilities below it become zero; None chooses it.
+
+    Raises:
+        ValueError: bits or threshold out of range, or no probability above zero.
+        TypeError: bits that are no integer, probabilities of another type.
+    """
+    histogram = _histogram(probabilities)
+    if threshold is not None:
+        return _fitted(histogram, log_table(bits, threshold))
+    tables = [_fitted(histogram, log_table(bits, candidate)) for candidate in _THRESHOLDS]
+    return min(tables, key=lambda table: rounding_error(histogram, table))
+
+
+def renormalised_table(
+    probabilities: ProbabilityHistogram | torch.Tensor, table: int | QuantizationTable
+) -> QuantizationTable:
+    """`table` with all levels multiplied by one factor, such that rounded rows sum to 1 on average.
+
+    Args:
+        probabilities: as for `calibrated_table`.
+        table: what to scale; a number of bits means the published table.
+
+    Raises:
+        ValueError: every probability rounds to zero, bits out of range, or no probability above zero.
+        TypeError: bits that are no integer, probabilities of another type.
+    """
+    histogram = _histogram(probabilities)
+    table = table if isinstance(table, QuantizationTable) else log_table(table)
+    rounded = (_rounded(histogram, table) * histogram.counts).sum().item()
+    if rounded <= 0:
+        raise ValueError(
+            f"all probabilities are below the table's threshold {table.threshold}; expected some above it: lower it"
+        )
+    factor = histogram.rows / rounded
+    return QuantizationTable(table.threshold, tuple(level * factor for level in table.levels))
+
+
+def rounding_error(probabilities: ProbabilityHistogram | torch.Tensor, table: QuantizationTable) -> float:
+    """The expected squared error that rounding brings to an attention output; see `calibrated_table`."""
+    histogram = _histogram(probabilities)
+    errors = _rounded(histogram, table) - histogram.means()
+    of_sums = (errors * histogram.counts).sum() / histogram.rows
+    return ((errors.square() * histogram.counts).sum() / histogram.rows + of_sums.square()).item()
+
+
+def _histogram(probabilities: ProbabilityHistogram | torch.Tensor) -> ProbabilityHistogram:
+    if isinstance(probabilities, torch.Tensor):
+        tensor, probabilities = probabilities, ProbabilityHistogram()
+        probabilities.add(tensor)
+    if not isinstance(probabilities, ProbabilityHistogram):
+        raise TypeError(f"probabilities is {type(probabilities).__name__}, expected ProbabilityHistogram or a tensor")
+    if probabilities.rows <= 0:
+        raise ValueError("there is no probability above zero to calibrate with; add some of the model's")
+    return probabilities
+
+
+def _levels(histogram: ProbabilityHistogram, table: QuantizationTable) -> torch.Tensor:
+    """int64 [bins]: the level of `table` that each bin's mean rounds to."""
+    means = histogram.means()
+    position = (torch.log2(means) - math.log2(table.threshold)) / table.step
+    level = 1 + position.floor().clamp(0, len(table.levels) - 2).to(torch.int64)
+    return torch.where(means < table.threshold, 0, level)
+
+
+def _rounded(histogram: ProbabilityHistogram, table: QuantizationTable) -> torch.Tensor:
+    return torch.tensor(table.levels, dtype=torch.float64)[_levels(histogram, table)]
+
+
+def _fitted(histogram: ProbabilityHistogram, table: QuantizationTable) -> QuantizationTable:
+    level = _levels(histogram, table)
+    counts = torch.zeros(len(table.levels), dtype=torch.float64).index_add_(0, level, histogram.counts)
+    sums = torch.zeros_like(counts).index_add_(0, level, histogram.sums)
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), torch.tensor(table.levels, dtype=torch.float64))
+    return QuantizationTable(table.threshold, (0.0, *means[1:].tolist()))

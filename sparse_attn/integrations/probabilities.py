@@ -1,0 +1,75 @@
+"""How large a patched model's attention probabilities are, counted while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..calibration import ProbabilityHistogram
+from ..masks import GlobalMask
+from ..progress import progress as show_progress
+from .models import attention_implementation, encoder_of
+from .routing import padding_mask, sparse_attention_forward
+from .transformers import patched
+
+COUNTING_NAME = "sparse_attn_counting"
+_HISTOGRAM = "_probability_histogram"
+
+
+def collect_probabilities(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], mask: GlobalMask, *, progress: bool = True
+) -> ProbabilityHistogram:
+    """A histogram of the attention probabilities that `model` has with `mask`: after the softmax, before rounding.
+
+    It counts kept positions of real tokens, over all layers and heads, for `calibrated_table` and
+    `renormalised_table`. No layer's probabilities outlive the layer.
+
+    Args:
+        model: what `patch_model` takes, patched or not. It is run in eval mode without gradients and left as it was.
+        batches: keyword arguments of the model's forward, tensors with the batch first: input_ids and, where there
+            is padding, attention_mask [batch, length]. Moved to the model's device.
+        mask: that the model is used with.
+        progress: whether to show a progress bar.
+
+    Raises:
+        TypeError: the model is of no supported family.
+        ValueError: no batch, or a mask that does not fit the model.
+    """
+    histogram = ProbabilityHistogram()
+    encoder = encoder_of(model)
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with patched(model, mask, unpad=False), torch.no_grad(), attention_implementation(encoder.model, COUNTING_NAME):
+            for module in encoder.attention:
+                object.__setattr__(module, _HISTOGRAM, histogram)
+            for batch in show_progress(batches, "counting probabilities", enabled=progress):
+                model(**{name: value.to(device) for name, value in batch.items()})
+    finally:
+        for module in encoder.attention:
+            module.__dict__.pop(_HISTOGRAM, None)
+        model.train(was_training)
+    if histogram.rows == 0:
+        raise ValueError("there was no batch to collect probabilities from; pass at least one")
+    return histogram
+
+
+def _counting_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args, **kwargs
+) -> tuple[Tensor, None]:
+    """The patched model's attention, `attention_mask` bool [batch, length] or None; probabilities are counted."""
+    histogram = getattr(module, _HISTOGRAM, None)
+    kwargs["output_attentions"] = histogram is not None  # cross-attention has none
+    output, probabilities = sparse_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+    if histogram is not None:
+        if attention_mask is not None:
+            probabilities = probabilities * attention_mask[:, None, -query.shape[2] :, None]
+        histogram.add(probabilities)
+    return output, None
+
+
+AttentionInterface.register(COUNTING_NAME, _counting_attention)
+AttentionMaskInterface.register(COUNTING_NAME, padding_mask)

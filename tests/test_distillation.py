@@ -1,0 +1,182 @@
+import copy
+
+import pytest
+import torch
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+)
+from transformers.utils import ModelOutput
+
+from sparse_attn import GlobalMask, distil, is_patched, patch_bert
+from sparse_attn.distillation import hidden_loss, logits_loss, text_windows
+from tests.integrations.conftest import small_config
+
+SETTINGS = {"epochs": 4, "learning_rate": 2e-3, "batch_size": 8, "progress": False}
+TERMS = {"temperature": 1.5, "logits_weight": 1.0, "hidden_weight": 1.0}
+
+
+def sequences(count: int = 48, fields=("input_ids", "token_type_ids")) -> list[dict[str, list[int]]]:
+    draw = torch.Generator().manual_seed(0)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(6, 24, (), generator=draw))
+        tokens = torch.randint(1, 99, (length,), generator=draw).tolist()
+        examples.append({name: tokens if name == "input_ids" else [0] * length for name in fields})
+    return examples
+
+
+def teacher_of(head=BertForQuestionAnswering):
+    torch.manual_seed(0)
+    model = head(small_config()).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embeddings" not in name:
+            parameter.data.mul_(6)  # attention that matters
+    return model
+
+
+def student_of(teacher, bits=None):
+    return patch_bert(copy.deepcopy(teacher), GlobalMask.random(2, 2, 24, sparsity=0.8), bits)
+
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_a_pruned_model_comes_closer_to_its_teacher(bits):
+    teacher = teacher_of()
+    before = weights(teacher).clone()
+    student = student_of(teacher, bits)
+    held_out = torch.randint(1, 99, (16, 20))
+
+    def distance() -> float:
+        with torch.no_grad():
+            return (student.eval()(held_out).start_logits - teacher(held_out).start_logits).square().mean().item()
+
+    start = distance()
+    losses = distil(student, teacher, sequences(), **SETTINGS)
+    assert len(losses) == 4 and losses[-1] < 0.8 * losses[0]
+    assert distance() < 0.8 * start
+    assert torch.equal(weights(teacher), before) and not any(p.grad is not None for p in teacher.parameters())
+    assert is_patched(student) and not is_patched(teacher)
+    assert not student.training and not any(p.grad is not None for p in student.parameters())
+
+
+@pytest.mark.parametrize("head", [BertModel, BertForMaskedLM, BertForSequenceClassification])
+def test_any_head_class(head):
+    teacher = teacher_of(head).train()
+    losses = distil(student_of(teacher), teacher, sequences(24, ["input_ids"]), **{**SETTINGS, "epochs": 2})
+    assert 0 < losses[-1] < losses[0]
+    assert teacher.training
+
+
+def test_the_seed_decides():
+    teacher = teacher_of()
+    students = [student_of(teacher) for _ in range(3)]
+    for student, seed in zip(students, (1, 1, 2)):
+        distil(student, teacher, sequences(16), seed=seed, **{**SETTINGS, "epochs": 1})
+    first, second, other = map(weights, students)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_padding_has_no_part_in_the_loss():
+    """A batch with padding gives the mean over the sequences, or tokens, of each alone."""
+    lengths, width = (3, 7), 7
+    real = torch.arange(width) < torch.tensor(lengths).view(-1, 1)
+    shapes = {"start_logits": (2, width), "logits": (2, width, 5), "pooled_logits": (2, 4)}
+    found, target = (ModelOutput({name: torch.randn(shape) for name, shape in shapes.items()}) for _ in range(2))
+
+    def expected(name, rows) -> torch.Tensor:
+        divergences = []
+        for student, teacher in rows(found[name], target[name]):
+            p, q = (teacher / 1.5).softmax(-1), (student / 1.5).softmax(-1)
+            divergences.append((p * (p / q).log()).sum())
+        return 1.5**2 * torch.stack(divergences).mean()
+
+    start = expected("start_logits", lambda *both: [[t[row, :n] for t in both] for row, n in enumerate(lengths)])
+    tokens = expected("logits", lambda *both: zip(*(t[real] for t in both)))
+    pooled = expected("pooled_logits", lambda *both: zip(*both))
+    torch.testing.assert_close(logits_loss(found, target, real, 1.5), start + tokens + pooled)
+
+    layers, targets = [torch.randn(2, width, 8) for _ in range(3)], [torch.randn(2, width, 8) for _ in range(3)]
+    relative = [((a[real] - b[real]).norm() / b[real].norm()).square() for a, b in zip(layers, targets, strict=True)]
+    torch.testing.assert_close(hidden_loss(layers, targets, real), sum(relative))
+    layers[0][~real] += 100
+    torch.testing.assert_close(hidden_loss(layers, targets, real), sum(relative))
+
+
+def test_a_regression_has_its_squared_error():
+    found, target = ModelOutput(logits=torch.tensor([[1.0], [2.0]])), ModelOutput(logits=torch.tensor([[0.0], [5.0]]))
+    assert logits_loss(found, target, torch.ones(2, 3, dtype=torch.bool), 2.0).item() == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("term", ["logits_weight", "hidden_weight"])
+def test_each_term_can_be_left_out(term):
+    teacher = teacher_of()
+    alone = distil(student_of(teacher), teacher, sequences(8), **{**SETTINGS, **TERMS, term: 0.0, "epochs": 1})
+    both = distil(student_of(teacher), teacher, sequences(8), **{**SETTINGS, **TERMS, "epochs": 1})
+    assert 0 < alone[0] < both[0]
+
+
+@pytest.fixture
+def tokenizer() -> BertTokenizer:
+    words = "the city of paris was built in year 1901 by ada ."
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words.split()]
+    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+
+
+def test_text_becomes_windows_that_hold_all_of_it(tokenizer):
+    text = "the city of paris was built in the year 1901 by ada .\n" * 9
+    windows = text_windows(text, tokenizer, max_length=20)
+    assert {len(window["input_ids"]) for window in windows[:-1]} == {20} and len(windows) > 4
+    assert all(window.keys() == {"input_ids", "token_type_ids"} for window in windows)
+    ends = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    assert all((window["input_ids"][0], window["input_ids"][-1]) == ends for window in windows)
+    inside = [token for window in windows for token in window["input_ids"][1:-1]]
+    assert inside == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_text_without_tokens_or_room_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no tokens"):
+        text_windows(" \n", tokenizer)
+    with pytest.raises(ValueError, match="max_length is 2; expected more than the 2 special tokens"):
+        text_windows("paris", tokenizer, max_length=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": []}, "no inputs"),
+        ({"inputs": [{"token_type_ids": [0]}]}, "input 0 has fields of lengths"),
+        ({"inputs": [{"input_ids": []}]}, "input 0 has fields of lengths"),
+        ({"inputs": [{"input_ids": [1, 2], "token_type_ids": [0]}]}, "expected input_ids and other fields"),
+        ({"inputs": [{"input_ids": [1]}, {"input_ids": [1], "token_type_ids": [0]}]}, "input 1 has the fields"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"logits_weight": 0.0, "hidden_weight": 0.0}, "not both 0"),
+        ({"hidden_weight": -1.0}, "hidden_weight -1.0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(changes, message):
+    arguments = {"inputs": sequences(4), "progress": False, **changes}
+    with pytest.raises(ValueError, match=message):
+        distil(teacher_of(), teacher_of(), **arguments)
+
+
+def test_models_that_do_not_fit_together_are_refused():
+    teacher = teacher_of()
+    with pytest.raises(ValueError, match="one object"):
+        distil(teacher, teacher, sequences(4))
+    with pytest.raises(ValueError, match="3 layers of size 64, the teacher 2 of size 64"):
+        config = small_config()
+        config.num_hidden_layers = 3
+        distil(BertForQuestionAnswering(config), teacher, sequences(4))
+    with pytest.raises(ValueError, match="the student is a BertModel, the teacher a BertForQuestionAnswering"):
+        distil(BertModel(small_config()), teacher, sequences(4))
+    with pytest.raises(TypeError, match="torch.bfloat16.*model.float"):
+        distil(teacher_of().bfloat16(), teacher, sequences(4))
