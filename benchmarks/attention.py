@@ -22,7 +22,7 @@ from .attention_table import print_table
 from .attention_variants import Absent, Variant, all_variants
 from .attention_workloads import FORWARD, MASKS, PASSES, WORKLOADS, Workload, default_workloads
 from .device import pick_device, synchronize
-from .options import DTYPES, OneLineParser, at_least, can_hold_files, chosen, names, positive
+from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, names, positive
 
 _SECONDS = {"cuda": 0.5, "cpu": 2.0}
 
@@ -44,12 +44,9 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--seconds", type=positive, help="to time a variant for (default: 0.5, on a CPU 2)")
     parser.add_argument("--budget", type=positive, help="seconds after which no further workload is begun")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="file for the results")
+    parser.add_argument("--json", type=file_to_write, metavar="OUT", help="file for the results")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the inputs (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    if options.json is not None and (options.json.is_dir() or not can_hold_files(options.json.parent)):
-        parser.error(f"argument --json: {options.json} cannot be written")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

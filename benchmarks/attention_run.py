@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .attention_rows import Entry, absence_of_all, absence_row, dtype_name, reas
 from .attention_variants import Variant
 from .attention_workloads import FORWARD, MASKS, PASSES, Workload
 from .ceilings import measure_ceilings
-from .device import commit, describe_device, versions
+from .device import circumstances
 from .timing import Timer, make_timer, time_in_turns
 
 _NO_BACKWARD = "no backward pass on CPUs"
@@ -62,11 +61,7 @@ def run(
     absent: list[dict[str, Any]] = []
     measured: dict[str, Any] = {}
     results: dict[str, Any] = {
-        "device": describe_device(settings.device),
-        "device_type": settings.device.type,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **circumstances(settings.device),
         "dtype": dtype_name(settings.dtype),
         "arguments": {"seconds": settings.seconds, "budget": settings.budget, "seed": settings.seed},
         "ceilings": asdict(ceilings),

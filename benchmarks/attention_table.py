@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .attention_goals import Outcome, outcomes
 from .attention_results import Row, fastest, fastest_dense, fastest_own, find_rows, groups
-from .goals import Outcome, outcomes
 from .pages import ABSENT, rate, table_lines
 
 COLUMNS = (

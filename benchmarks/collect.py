@@ -15,7 +15,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,13 @@ from sparse_attn import AttentionAverages, collect_averages
 from sparse_attn.squad.reading import read_squad
 from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
 
-from .device import commit, describe_device, pick_device, synchronize, versions
+from .device import circumstances, pick_device, synchronize
 from .measure import peak_memory, reset_peak_memory
-from .options import OneLineParser, at_least, can_hold_files, chosen, names
-from .pages import complete_files
-from .squad_checkpoints import load_model, load_tokenizer, packaged_model
-from .squad_data import OWN_QUESTIONS
-from .squad_shapes import build_shape
+from .options import OneLineParser, at_least, chosen, file_to_write, names
+from .pages import Table, complete_files
+from .squad.checkpoints import load_model, load_tokenizer, packaged_model
+from .squad.data import OWN_QUESTIONS
+from .squad.shapes import build_shape
 
 MODELS = ("minilm", "bert-base-shape")
 BATCHES = {
@@ -44,7 +43,7 @@ BATCHES = {
 }
 MAX_LENGTH = 384
 TOLERANCE = 5e-6  # of a mean: models in float32 are 1e-6 off the same model in float64, whatever adds them up
-COLUMNS = ("model", "batches", "way", "seconds", "windows/s", "speed-up", "peak memory")
+COLUMNS = ("model", "batches", "way", "seconds", "windows/s", "against output_attentions", "peak memory")
 
 Batch = dict[str, torch.Tensor]
 
@@ -90,11 +89,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--batches", type=names, help=f"by commas, of {', '.join(BATCHES)} (default: all)")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="of each way (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--json", type=Path, metavar="OUT", default=Path("results/collect.json"))
-    options = parser.parse_args(arguments)
-    if options.json.is_dir() or not can_hold_files(options.json.parent):
-        parser.error(f"argument --json: {options.json} cannot be written")
-    return options
+    parser.add_argument("--json", type=file_to_write, metavar="OUT", default="results/collect.json")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,17 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, status=1)
     batches = next(iter(made.values()))
     results = {
-        "device": describe_device(device),
-        "device_type": device.type,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **circumstances(device),
         "arguments": {"data": options.data.name, "batch_size": options.batch_size, "repeats": options.repeats},
         "windows": sum(len(batch["input_ids"]) for batch in batches),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
         "rows": rows,
     }
-    print_table(results)
+    table(results).print()
     with complete_files(options.json.parent) as unfinished:
         (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(options.json)
@@ -196,25 +188,25 @@ def memory_of(name: str, kind: str, way: str, options: Namespace, device: torch.
     return peak_memory(device)
 
 
-def print_table(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = f"average attention of {results['windows']} windows, {results['device']}"
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 3 else "right")
-    plain = {
-        (row["model"], row["batches"]): row["median_s"] for row in results["rows"] if row["way"] == next(iter(WAYS))
-    }
-    for row in results["rows"]:
-        median = row["median_s"]
-        table.add_row(
-            row["model"], row["batches"], row["way"], f"{median:.2f}", f"{results['windows'] / median:.1f}",
-            f"{plain[row['model'], row['batches']] / median:.2f}x", f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
-        )  # fmt: skip
-    table.caption = "; ".join(f"{kind}: {text}" for kind, text in BATCHES.items())
-    Console(width=120).print(table)
+def table(results: dict[str, Any]) -> Table:
+    """The rows as they are shown."""
+    rows = results["rows"]
+    plain = {(row["model"], row["batches"]): row["median_s"] for row in rows if row["way"] == "output_attentions"}
+    cells = [
+        [
+            row["model"], row["batches"], row["way"], f"{row['median_s']:.2f}",
+            f"{results['windows'] / row['median_s']:.1f}",
+            f"{plain[row['model'], row['batches']] / row['median_s']:.2f}x", f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return Table(
+        title=f"{results['device']}: average attention of {results['windows']} windows, {results['tokens']:,} tokens",
+        columns=COLUMNS,
+        rows=cells,
+        text_columns=3,
+        notes=[f"{kind}: {text}" for kind, text in BATCHES.items()],
+    )
 
 
 def _fail(error: Exception, status: int) -> int:

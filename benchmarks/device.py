@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +36,23 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What every file of results begins with: where, with which code and when it was measured."""
+    return {
+        "device": describe_device(device),
+        "device_type": device.type,
+        **code_and_date(),
+    }
+
+
+def code_and_date() -> dict[str, Any]:
+    return {
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
 
 
 def commit() -> str | None:

@@ -12,11 +12,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .device import ROOT, commit, versions
+from .device import ROOT, code_and_date
 
 LOG, SUMMARY = "log.txt", "summary.json"
 OK, FAILED, OUT_OF_TIME, SKIPPED = "ok", "failed", "out of time", "skipped"
@@ -117,9 +116,7 @@ def write_summary(outcomes: Sequence[Outcome], folder: Path, **facts: Any) -> No
     """Writes summary.json: `facts`, the code and its environment, and the outcomes."""
     content = {
         **facts,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **code_and_date(),
         "steps": [asdict(outcome) for outcome in outcomes],
     }
     unfinished = folder / f".{SUMMARY}.unfinished"

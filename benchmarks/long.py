@@ -11,21 +11,19 @@ import json
 import sys
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .device import commit, describe_device, pick_device, synchronize, versions
+from .device import circumstances, pick_device, synchronize
 from .long_variants import Document, Variant, Wrong, check, inputs_of, make, variants_on
 from .measure import peak_memory, reset_peak_memory
-from .options import DTYPES, OneLineParser, at_least, can_hold_files, chosen, names, positive
-from .pages import ABSENT, complete_files
+from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, names, positive
+from .pages import ABSENT, Table, complete_files
 from .timing import make_timer, percentiles, time_in_turns
 
-COLUMNS = ("variant", "mask", "bits", "seconds", "tokens/s", "speed-up", "peak memory")
+COLUMNS = ("variant", "mask", "bits", "seconds", "tokens/s", "against sdpa", "peak memory")
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -40,11 +38,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--seconds", type=positive, default=20.0, help="of time for each variant (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", default=Path("results/long.json"))
-    options = parser.parse_args(arguments)
-    if options.json.is_dir() or not can_hold_files(options.json.parent):
-        parser.error(f"argument --json: {options.json} cannot be written")
-    return options
+    parser.add_argument("--json", type=file_to_write, metavar="OUT", default="results/long.json")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,16 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     variants = [one for one in known if one.name in wanted]
     rows, failures = measure(document, variants, options.seconds)
     results = {
-        "device": describe_device(device),
-        "device_type": device.type,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
+        **circumstances(device),
         "document": {name: value for name, value in vars(document).items() if name != "device_type"},
         "rows": rows,
         "failures": failures,
     }
-    print_table(results)
+    table(results).print()
     with complete_files(options.json.parent) as unfinished:
         (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(options.json)
@@ -134,26 +125,26 @@ def memory_of(document: Document, variant: Variant) -> int:
     return peak_memory(device)
 
 
-def print_table(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def table(results: dict[str, Any]) -> Table:
+    """The rows, and what failed, as they are shown."""
     document, rows = results["document"], results["rows"]
-    shape = f"{document['batch']} x {document['length']} tokens, {document['layers']} layers, {document['dtype']}"
-    table = Table(title=f"long documents: {shape}, {results['device']}", title_justify="left")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 2 else "right")
-    slowest_dense = next((row["p50_s"] for row in rows if row["variant"] == "sdpa"), None)
-    for row in rows:
-        speed_up = ABSENT if slowest_dense is None else f"{slowest_dense / row['p50_s']:.2f}x"
-        table.add_row(
+    plain = next((row["p50_s"] for row in rows if row["variant"] == "sdpa"), None)
+    cells = [
+        [
             row["variant"], row["mask"], ABSENT if row["bits"] is None else str(row["bits"]), f"{row['p50_s']:.3f}",
-            f"{row['tokens_per_second']:,.0f}", speed_up, f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
-        )  # fmt: skip
-    table.caption = "Speed-up: compared with sdpa."
-    Console(width=120).print(table)
-    for failure in results["failures"]:
-        print(f"{failure['variant']}: {failure['reason']}")
+            f"{row['tokens_per_second']:,.0f}", ABSENT if plain is None else f"{plain / row['p50_s']:.2f}x",
+            f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    shape = f"{document['batch']} x {document['length']:,} tokens, {document['layers']} layers, {document['dtype']}"
+    return Table(
+        title=f"{results['device']}: {shape}",
+        columns=COLUMNS,
+        rows=cells,
+        text_columns=2,
+        notes=[f"{failure['variant']}: {failure['reason']}" for failure in results["failures"]],
+    )
 
 
 if __name__ == "__main__":

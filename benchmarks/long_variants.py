@@ -84,11 +84,12 @@ def inputs_of(document: Document) -> dict[str, Tensor]:
     return {"input_ids": tokens.to(document.device_type)}
 
 
-def make(document: Document, variant: Variant) -> Forward:
-    """A function from inputs to the last hidden state. All variants have the same weights."""
+def make(document: Document, variant: Variant, mask_length: int | None = None) -> Forward:
+    """A function from inputs to the last hidden state. All variants have the same weights, and masks of `mask_length`,
+    by default the document's."""
     model = _model(document, variant.attention)
     if variant.mask != "dense":
-        patch_bert(model, _mask(document, variant.mask), variant.bits)
+        patch_bert(model, _mask(document, variant.mask, mask_length or document.length), variant.bits)
     if variant.compiled:
         for layer in model.encoder.layer:
             layer.compile(dynamic=False)
@@ -98,10 +99,10 @@ def make(document: Document, variant: Variant) -> Forward:
 def check(document: Document, variant: Variant) -> None:
     """Compares one layer on the first tokens with the reference in float32. Raises Wrong."""
     short = replace(document, batch=1, length=min(document.length, _CHECKED_LENGTH), layers=1)
-    own = make(short, variant)(inputs_of(short)).float()
+    own = make(short, variant, document.length)(inputs_of(short)).float()
     exact_model = _model(replace(short, dtype="float32"), "eager")
     if variant.mask != "dense":
-        patch_bert(exact_model, _mask(short, variant.mask), variant.bits, backend="reference")
+        patch_bert(exact_model, _mask(short, variant.mask, document.length), variant.bits, backend="reference")
     exact = _run(exact_model, inputs_of(short))
     error = (torch.linalg.vector_norm(own - exact) / torch.linalg.vector_norm(exact)).item()
     if not error <= _LIMITS[document.dtype]:  # NaN is not
@@ -124,8 +125,7 @@ def _model(document: Document, attention: str) -> BertModel:
 
 
 @cache
-def _mask(document: Document, granularity: str) -> GlobalMask:
-    keep = synthetic_mask(
-        granularity, torch.device("cpu"), _BERT_BASE["num_attention_heads"], document.length, document.density
-    )
+def _mask(document: Document, granularity: str, length: int) -> GlobalMask:
+    heads = _BERT_BASE["num_attention_heads"]
+    keep = synthetic_mask(granularity, torch.device("cpu"), heads, length, document.density)
     return GlobalMask(keep.expand(document.layers, -1, -1, -1))

@@ -61,7 +61,22 @@ def chosen(option: str, asked: list[str] | None, known: list[str]) -> list[str]:
     return [name for name in known if name in asked]
 
 
-def can_hold_files(folder: Path) -> bool:
-    """Whether `folder` can be written to, or made."""
+def file_to_write(text: str) -> Path:
+    """The type of files that can be written."""
+    path = Path(text)
+    if path.is_dir() or not _can_hold_files(path.parent):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written")
+    return path
+
+
+def folder_to_write(text: str) -> Path:
+    """The type of folders that can be written to, or made."""
+    path = Path(text).expanduser()
+    if not _can_hold_files(path):
+        raise argparse.ArgumentTypeError(f"{path} is not a folder that can be written to")
+    return path
+
+
+def _can_hold_files(folder: Path) -> bool:
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)

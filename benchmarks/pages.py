@@ -7,15 +7,49 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 ABSENT = "–"
+_WIDEST = 1000
 
 
 def table_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> list[str]:
     """A Markdown table; its first `text_columns` are aligned to the left, numbers to the right."""
     alignment = ["---"] * text_columns + ["---:"] * (len(columns) - text_columns)
     return [f"| {' | '.join(line)} |" for line in (columns, alignment, *rows)]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is shown alike on the terminal and on pages: the first `text_columns` are aligned to the left."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+    notes: Sequence[str] = ()
+
+    def print(self) -> None:
+        from rich.console import Console
+        from rich.table import Table as Printed
+
+        table = Printed(title=self.title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index < self.text_columns else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        console = Console()
+        wide = Console(width=_WIDEST).measure(table).maximum  # a narrow terminal wraps, and no cell is cut
+        console = Console(width=max(console.width, wide))
+        console.print(table)
+        for note in self.notes:
+            console.print(note, markup=False, highlight=False)
+
+    def lines(self) -> list[str]:
+        """In Markdown, with the notes above the table."""
+        notes = [f"- {note}" for note in self.notes]
+        return [*notes, *([""] if notes else []), *table_lines(self.columns, self.rows, self.text_columns)]
 
 
 def between_markers(page: str, begin: str, end: str, section: str) -> str:

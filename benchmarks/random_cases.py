@@ -12,13 +12,41 @@ from torch import Tensor
 
 from sparse_attn import QuantizationTable, SparseLayout
 
-LONGEST = 2048
-_POSITIONS = {"cuda": 2**23, "cpu": 2**12}  # batch * heads * query_len * key_len at most, where they are materialised
-_LONGEST_ON_CPU = 96
 _CASES_OF_A_KIND = 12
 _OWN_TABLE = QuantizationTable(1e-2, (0.0, 0.03, 0.2, 0.7))
 _MASKS = ("random", "random", "tile", "stripes", "band", "full", "empty")
 _STRIDES = ("heads beside tokens", "heads outside", "parts of larger tensors")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a kind of device, and what it can compute.
+
+    Attributes:
+        longest: of a sequence.
+        positions: batch * heads * query_len * key_len at most: the reference materialises them.
+        trains: whether it has a backward pass, dropout and query offsets.
+    """
+
+    backend: str
+    device_type: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    head_dims: tuple[int, ...] = (16, 32, 40, 64, 64, 80, 96, 128)
+    longest: int = 2048
+    positions: int = 2**23
+    trains: bool = True
+
+
+TARGETS = {
+    (target.backend, target.device_type): target
+    for target in (
+        Target("triton", "cuda"),
+        # Its interpreter is slow, and multiplies bfloat16 wrongly.
+        Target("triton", "cpu", dtypes=(torch.float16, torch.float32), longest=96, positions=2**12),
+        Target("native", "cuda", (torch.float16, torch.bfloat16), head_dims=(32, 64), longest=512, trains=False),
+        Target("native", "cpu", longest=1024, positions=2**20),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +78,7 @@ class Kind:
 class Case:
     """One call. Padded: query_len and key_len of the tensors; packed: `sequences` are the lengths."""
 
+    target: Target
     number: int
     kind: Kind
     batch: int
@@ -71,7 +100,7 @@ class Case:
         options += [f"dropout {kind.dropout}"] if kind.dropout else []
         return ", ".join(
             [
-                f"case {self.number}: {shape}, {kind.heads} heads, head_dim {kind.head_dim}",
+                f"case {self.number}: {self.target.backend}, {shape}, {kind.heads} heads, head_dim {kind.head_dim}",
                 f"{str(kind.dtype).removeprefix('torch.')}, {bits}, scale {self.scale:.3f}, {kind.strides}",
                 f"mask {self.mask} {self.mask_len} ({self.density:.2f})",
                 *options,
@@ -79,12 +108,12 @@ class Case:
         )
 
 
-def draw(number: int, seed: int, device_type: str) -> Case:
+def draw(number: int, seed: int, target: Target) -> Case:
     """Case `number` of a seed: always the same."""
-    kind = _kind(number // _CASES_OF_A_KIND, seed, device_type)
+    kind = _kind(number // _CASES_OF_A_KIND, seed, target)
     chance = random.Random(f"{seed} case {number}")
     mask_len = chance.choice(kind.sizes)
-    room = _POSITIONS[device_type] // kind.heads
+    room = target.positions // kind.heads
     longest = min(mask_len, math.isqrt(room))
     query_len, key_len = _length(chance, longest), _length(chance, longest)
     if kind.packed or kind.causal or chance.random() < 0.5:
@@ -99,6 +128,7 @@ def draw(number: int, seed: int, device_type: str) -> Case:
         sequences = tuple(chance.choice((0, 1, _length(chance, longest // 2 + 1))) for _ in range(count - 1))
         sequences = (*sequences, query_len)
     return Case(
+        target=target,
         number=number,
         kind=kind,
         batch=chance.randint(1, max(1, min(4, room // (query_len * key_len)))),
@@ -118,26 +148,22 @@ def kind_number(number: int) -> int:
     return number // _CASES_OF_A_KIND
 
 
-def _kind(number: int, seed: int, device_type: str) -> Kind:
+def _kind(number: int, seed: int, target: Target) -> Kind:
     chance = random.Random(f"{seed} kind {number}")
-    dtypes = [torch.float16, torch.bfloat16, torch.float32]
-    if device_type == "cpu":
-        dtypes.remove(torch.bfloat16)  # Triton's interpreter multiplies it wrongly
-    longest = LONGEST if device_type == "cuda" else _LONGEST_ON_CPU
     packed = chance.random() < 0.4
     return Kind(
-        dtype=chance.choice(dtypes),
-        head_dim=chance.choice((16, 32, 40, 64, 64, 80, 96, 128)),
+        dtype=chance.choice(target.dtypes),
+        head_dim=chance.choice(target.head_dims),
         heads=chance.choice((1, 2, 4, 6)),
         bits=chance.choice((None, None, None, 1, 2, 3, 3, 4, 8, _OWN_TABLE)),
         packed=packed,
         causal=chance.random() < 0.3,
-        offset=not packed and chance.random() < 0.2,
+        offset=target.trains and not packed and chance.random() < 0.2,
         lengths=not packed and chance.random() < 0.6,
         padding=not packed and chance.random() < 0.3,
-        dropout=chance.choice((0.0, 0.0, 0.0, 0.1, 0.5)),
+        dropout=chance.choice((0.0, 0.0, 0.0, 0.1, 0.5) if target.trains else (0.0,)),
         strides=chance.choice(_STRIDES),
-        sizes=tuple(_length(chance, longest) for _ in range(2)),
+        sizes=tuple(_length(chance, target.longest) for _ in range(2)),
     )
 
 

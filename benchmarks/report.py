@@ -1,8 +1,8 @@
 """Renders the committed results into the pages and pictures that show them: `python -m benchmarks.report [--check]`.
 
-Results lie in benchmarks/results/<device>/: squad-*.json as `python -m benchmarks.squad` writes them, attention-*.json
-as `python -m benchmarks.attention --json` does; of these, the newest of each device and dtype is shown. Pages show
-them between markers; nothing there is typed by hand. --check writes nothing and fails if a page is out of date.
+Results lie in benchmarks/results/<device>/: attention-*.json (of these, the newest of each device and dtype is shown),
+squad-*.json, long-*.json and collect-*.json, as the benchmarks of these names write them. Pages show them between
+markers; nothing there is typed by hand. --check writes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -15,29 +15,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import collect, long
 from .attention_chart import draw_roofline, draw_times
 from .attention_results import newest_results
 from .attention_table import goal_lines, measured_lines, summary_lines
 from .device import ROOT
-from .pages import between_markers
-from .squad_table import measured_lines as squad_lines
-from .squad_table import published_lines
+from .pages import between_markers, table_lines
+from .pass_goals import collection_goals, long_goals, squad_goals
+from .squad.summary import heading as squad_heading
+from .squad.summary import summary_lines as squad_summary_lines
+from .squad.table import measured_lines as squad_lines
+from .squad.table import published_lines
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+SQUAD = ROOT / "docs" / "squad.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 NO_GPU = "No GPU has been measured yet."
 
 
-def squad_section(folder: Path) -> str:
-    """Markdown of every SQuAD result below `folder`, in the order of their paths, and of the published figures."""
+def squad_summary(folder: Path) -> str:
+    """Markdown of every SQuAD result below `folder`, a short table each, and of the published figures."""
     lines = []
-    for path in sorted(folder.glob("*/squad-*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        name = _name(path, folder)
-        lines += [f"### {results['data']['name']}", "", *squad_lines(results), f"File: [{name}]({name})", ""]
+    for path, results in read_results(folder, "squad"):
+        lines += [f"{squad_heading(results)} ({results['device']}):", "", *squad_summary_lines(results), ""]
+        lines += [f"File: [{_name(path, folder)}]({_name(path, folder)})", ""]
     return "\n".join([*lines, *published_lines()])
+
+
+def squad_section(folder: Path) -> str:
+    """Markdown of every SQuAD result below `folder` with all that it says."""
+    lines = []
+    for path, results in read_results(folder, "squad"):
+        lines += [f"### {squad_heading(results)}", "", *squad_lines(results), *_file_lines(path, folder)]
+    return "\n".join(lines)
+
+
+def pass_section(folder: Path) -> str:
+    """Markdown of the goals for whole passes, and of what was measured on long documents and of collections."""
+    squad, long_documents, collections = (read_results(folder, kind) for kind in ("squad", "long", "collect"))
+    reached = [
+        [f"{results['device']}, {squad_heading(results)}", one] for _, results in squad for one in squad_goals(results)
+    ]
+    reached += [[long.table(results).title, one] for _, results in long_documents for one in long_goals(results)]
+    reached += [[results["device"], one] for _, results in collections for one in collection_goals(results)]
+    rows = [[where, one.what, one.goal, one.figure, "yes" if one.met else "no"] for where, one in reached]
+    lines = [*table_lines(("where", "what", "goal", "measured", "met"), rows, text_columns=3), ""]
+    for name, benchmark, found in (("Long documents", long, long_documents), ("Averages", collect, collections)):
+        for path, results in found:
+            table = benchmark.table(results)
+            lines += [f"### {name}: {table.title}", "", *table.lines(), "", *_file_lines(path, folder)]
+    return "\n".join(lines)
 
 
 def attention_summary(folder: Path) -> str:
@@ -57,8 +86,13 @@ def attention_section(folder: Path) -> str:
     for path, results in found:
         lines += [f"### {_heading(results)}", "", *goal_lines(results)]
         lines += [f"![{kind}](images/{name})\n" for kind, name in pictures(path, results).items()]
-        lines += [*measured_lines(results), f"File: [{_name(path, folder)}](../{_name(path, folder)})", ""]
+        lines += [*measured_lines(results), *_file_lines(path, folder)]
     return "\n".join(lines)
+
+
+def read_results(folder: Path, kind: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The files `<kind>-*.json` below `folder`/<device>, in the order of their paths."""
+    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"*/{kind}-*.json"))]
 
 
 @dataclass(frozen=True)
@@ -75,8 +109,10 @@ class Section:
 
 
 SECTIONS = (
-    Section(README, "squad", squad_section),
+    Section(README, "squad", squad_summary),
     Section(README, "attention", attention_summary),
+    Section(SQUAD, "squad", squad_section),
+    Section(PERFORMANCE, "pass", pass_section),
     Section(PERFORMANCE, "attention", attention_section),
 )
 
@@ -117,6 +153,11 @@ def _on_gpu(found: list[tuple[Path, dict[str, Any]]]) -> bool:
 
 def _heading(results: dict[str, Any]) -> str:
     return f"{results['device']}, {results['dtype']}"
+
+
+def _file_lines(path: Path, folder: Path) -> list[str]:
+    """Where a file of results lies, for a page in docs."""
+    return [f"File: [{_name(path, folder)}](../{_name(path, folder)})", ""]
 
 
 def _name(path: Path, folder: Path) -> str:

@@ -14,7 +14,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +21,11 @@ import torch
 from sparse_attn.backends.triton import TRITON_INSTALLED, interpreting
 from sparse_attn.kernels.configuration import TABLES, table_name
 
-from .options import OneLineParser, at_least, can_hold_files, names, positive
-from .tune_problems import PROBLEMS, TuningProblem
+from .options import OneLineParser, at_least, file_to_write, names, positive
+from .tuning.problems import PROBLEMS, TuningProblem
 
 if TYPE_CHECKING:
-    from .tune_sweep import Tuned
+    from .tuning.sweep import Tuned
 
 _START_SECONDS = 120.0
 
@@ -42,7 +41,10 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
         "--minutes", type=positive, default=7.5, help="for all problems together (default: %(default)s)"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: kernels/tuning/<gpu>.json, where the package finds it"
+        "--output",
+        type=file_to_write,
+        metavar="FILE",
+        help="default: kernels/tuning/<gpu>.json, where the package finds it",
     )
     parser.add_argument(
         "--problems", type=names, help="names or patterns like 'forward-*', by commas (default: all, listed below)"
@@ -51,10 +53,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
         "--processes", type=at_least(1), default=max(1, min(14, (os.cpu_count() or 1) - 2)),
         help="that compile (default: %(default)s)",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
-    if options.output is not None and (options.output.is_dir() or not can_hold_files(options.output.parent)):
-        parser.error(f"argument --output: {options.output} cannot be written")
-    return options
+    return parser.parse_args(arguments)
 
 
 def chosen_problems(patterns: list[str] | None) -> list[TuningProblem]:
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
         device, problems = _gpu(), chosen_problems(options.problems)
     except ValueError as error:
         return _fail(error, status=2)
-    from .tune_table import TableFile, line, print_outcomes  # these import Triton
+    from .tuning.table import TableFile, line, print_outcomes  # these import Triton
 
     name = torch.cuda.get_device_name(device)
     path = options.output or TABLES / table_name(name)
@@ -101,9 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tuned(device: torch.device, problems: list[TuningProblem], processes: int, end: float) -> Iterator[Tuned]:
-    from .tune_bench import Bench, Layouts
-    from .tune_compiling import CompilePool
-    from .tune_sweep import Sweep, device_measure
+    from .tuning.bench import Bench, Layouts
+    from .tuning.compiling import CompilePool
+    from .tuning.sweep import Sweep, device_measure
 
     layouts, properties = Layouts(device), torch.cuda.get_device_properties(device)
     shared_limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from sparse_attn.backends import native_cuda
 from sparse_attn.kernels.configuration import TABLES, BlockConfig, choose, table_name
 
-from .options import OneLineParser, can_hold_files
-from .tune_problems import PROBLEMS, TuningProblem
+from .options import OneLineParser, file_to_write
+from .tuning.problems import PROBLEMS, TuningProblem
 
 # How many warps fit beside each other: 12 in a multiprocessor, in one block or several.
 CONFIGS = tuple(BlockConfig(warps, parts) for warps, parts in ((6, 1), (12, 1), (4, 1), (3, 1), (4, 2), (6, 2)))
@@ -44,12 +43,12 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
         description="Measures the native kernel beside the Triton kernel and writes which one is faster into a table.",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: kernels/tuning/<gpu>.json, where the package finds it"
+        "--output",
+        type=file_to_write,
+        metavar="FILE",
+        help="default: kernels/tuning/<gpu>.json, where the package finds it",
     )
-    options = parser.parse_args(arguments)
-    if options.output is not None and (options.output.is_dir() or not can_hold_files(options.output.parent)):
-        parser.error(f"argument --output: {options.output} cannot be written")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         what = "no GPU is available" if not torch.cuda.is_available() else "the extension was built without nvcc"
         print(f"benchmarks.tune_native: error: {what}", file=sys.stderr)
         return 2
-    from .tune_bench import Layouts
-    from .tune_sweep import device_measure
-    from .tune_table import TableFile
+    from .tuning.bench import Layouts
+    from .tuning.sweep import device_measure
+    from .tuning.table import TableFile
 
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
@@ -77,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tune(tuned: TuningProblem, layouts, measure, table, device: torch.device) -> str:
-    from .tune_bench import Bench
+    from .tuning.bench import Bench
 
     bench = Bench(tuned, device, layouts.of(tuned))
     bench.prepare()

@@ -42,7 +42,8 @@ def sparse_attention(
     causal). The softmax goes over kept keys; a row without any yields zeros and lse -inf.
 
     A layout is compiled for a backend at its first call. `torch.compile` cannot trace that: call this function once
-    before, or `sparse_attn.attention.prepare` (which `patch_bert` does by itself).
+    before, or `sparse_attn.attention.prepare` (which a patched model does by itself, for gradients once it is in
+    training mode).
 
     Args:
         query: [batch, heads, query_len, head_dim], or packed [tokens, heads, head_dim]. float16, bfloat16, float32,
@@ -119,7 +120,12 @@ def attention_probabilities(
 
 
 def prepare(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, backend: str = "auto", rounded: bool | None = None
+    layout: SparseLayout,
+    head_dim: int,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    rounded: bool | None = None,
+    training: bool | None = None,
 ) -> None:
     """Compiles what `backend` needs of `layout` ahead of the first call, for example before tracing it.
 
@@ -128,18 +134,19 @@ def prepare(
         head_dim, dtype: of query, key and value.
         backend: as for `sparse_attention`.
         rounded: whether calls will have bits; None prepares for both.
+        training: whether calls will need gradients, which takes more lists; None prepares for both.
 
     Raises:
         ValueError: an unknown backend, or a head_dim that it cannot compute.
     """
     _check_backend(backend)
     for with_bits in (False, True) if rounded is None else (rounded,):
-        for training in (False, True):
+        for with_gradients in (False, True) if training is None else (training,):
             names = [backend]
             if backend == "auto":  # the first choice may refuse some calls, whose place the usual one takes then
-                names = [automatic(layout, head_dim, dtype, with_bits, training)[0], _usual(layout.device)[0]]
+                names = [automatic(layout, head_dim, dtype, with_bits, with_gradients)[0], _usual(layout.device)[0]]
             for name in names:
-                _layout_arguments(BACKENDS[name], layout, head_dim, dtype, with_bits, training)
+                _layout_arguments(BACKENDS[name], layout, head_dim, dtype, with_bits, with_gradients)
 
 
 def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:

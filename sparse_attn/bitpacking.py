@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -60,17 +61,51 @@ def unpack_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
         TypeError: `packed` is not a uint8 tensor, or `count` is not an integer.
         ValueError: `packed` is not on the CPU, is not one-dimensional or has another length.
     """
-    _check("packed", packed, torch.uint8)
     if not isinstance(count, int):
         raise TypeError(f"count must be an int, not {type(count).__name__}")
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
-    if packed.shape != ((count + 7) // 8,):
-        raise ValueError(f"{count} bits take uint8 [{(count + 7) // 8}], but packed is {list(packed.shape)}")
+    _check_packed(packed, count)
     if _native():
         return torch.ops.sparse_attn.unpack_bits(packed, count)
     bits = np.unpackbits(packed.detach().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits).view(torch.bool)
+
+
+class PackedMask:
+    """A boolean mask on the CPU that takes one bit per position.
+
+    Attributes:
+        bits: uint8, as `pack_bits` makes them; what lies behind the mask's end has no meaning.
+        shape: of the mask.
+
+    Raises ValueError for bits of another length.
+    """
+
+    def __init__(self, bits: torch.Tensor, shape: Sequence[int]):
+        self.bits, self.shape = bits, torch.Size(shape)
+        _check_packed(bits, self.shape.numel())
+
+    @classmethod
+    def pack(cls, mask: torch.Tensor) -> PackedMask:
+        """From a bool tensor on the CPU with any strides, which is not copied as a whole."""
+        if mask.is_contiguous() or mask[0].numel() % 8:
+            return cls(pack_bits(mask), mask.shape)
+        return cls(torch.cat([pack_bits(part) for part in mask]), mask.shape)
+
+    def unpack(self) -> torch.Tensor:
+        """The mask as a new bool tensor."""
+        return unpack_bits(self.bits, self.shape.numel()).view(self.shape)
+
+    def __getitem__(self, index: int) -> PackedMask:
+        """The mask at an index of the first dimension; it shares memory with this one if it begins with a byte."""
+        count = self.shape[1:].numel()
+        first, skipped = divmod(index * count, 8)
+        end = ((index + 1) * count + 7) // 8
+        if skipped:
+            found = unpack_bits(self.bits[first:end], skipped + count)[skipped:]
+            return PackedMask(pack_bits(found), self.shape[1:])
+        return PackedMask(self.bits[first:end], self.shape[1:])
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
@@ -80,6 +115,12 @@ def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be a {dtype} tensor, not {tensor.dtype}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU, not on {tensor.device}; use {name}.cpu()")
+
+
+def _check_packed(packed: torch.Tensor, count: int) -> None:
+    _check("packed", packed, torch.uint8)
+    if packed.shape != ((count + 7) // 8,):
+        raise ValueError(f"{count} bits take uint8 [{(count + 7) // 8}], but packed is {list(packed.shape)}")
 
 
 def _native() -> bool:
@@ -93,7 +134,7 @@ def _native() -> bool:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        "saving and loading masks is slower: numpy packs their bits on one thread, because "
+        "making and loading masks is slower: numpy packs their bits on one thread, because "
         f"{extension.reason()}. To speed it up, {extension.HOW_TO_GET_IT}.",
         RuntimeWarning,
         stacklevel=4,

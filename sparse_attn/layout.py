@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .bitpacking import PackedMask
+
 ROWS = (16, 32, 64, 128)  # sizes of a row group; 16 is canonical, the others are unions of it
 BITS_PER_WORD = 32
 STOP_KEYS = 32  # keys between two entries of ColumnLists.stops
+_POSITIONS_AT_ONCE = 2**22  # whose bits are packed together, each in 8 bytes
 _WEIGHT_CLASSES = 8  # lists whose lengths differ by less than an eighth of the longest keep their order
 
 
@@ -67,7 +70,8 @@ class SparseLayout:
     """A layer's mask in the forms that kernels want, each compiled once.
 
     Args:
-        keep: bool [heads, query_len, key_len], true = kept, on the device where the layout shall live.
+        keep: bool [heads, query_len, key_len], true = kept, on the device where the layout shall live; or packed, for
+            the CPU. A layout there keeps the mask in packed form alone.
 
     Attributes:
         heads, query_len, key_len, device: of the mask.
@@ -75,16 +79,17 @@ class SparseLayout:
         automatic: the backends to try for "auto", by kind of call.
     """
 
-    def __init__(self, keep: torch.Tensor):
-        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.ndim != 3:
-            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
-            raise ValueError(f"a layout is compiled from a boolean mask [heads, query_len, key_len], not from {found}")
-        if 0 in keep.shape:
-            raise ValueError(f"a layout needs at least one head, query and key; the mask has shape {tuple(keep.shape)}")
+    def __init__(self, keep: torch.Tensor | PackedMask):
+        if isinstance(keep, torch.Tensor):
+            _check(keep)
+            self.device = keep.device
+            self._source = PackedMask.pack(keep) if self.device.type == "cpu" else keep
+        elif isinstance(keep, PackedMask):
+            self.device = keep.bits.device
+            self._source = keep
+        else:
+            raise ValueError(f"a layout is compiled from a boolean mask, not from {type(keep).__name__}")
         self.heads, self.query_len, self.key_len = keep.shape
-        self.device = keep.device
-        self._source = keep
-        self._keep: torch.Tensor | None = keep
         self._bias: torch.Tensor | None = None
         self._lists: dict[tuple[int, bool, bool], ColumnLists] = {}
         self._work: dict[int, float] = {}
@@ -110,27 +115,29 @@ class SparseLayout:
         if (rows, transposed, split) not in self._lists:
             if rows not in ROWS:
                 raise ValueError(f"row groups of {rows} are not supported; choose one of {ROWS}")
-            keep = self._source.transpose(1, 2) if transposed else self._source
+            keep = self._mask().transpose(1, 2) if transposed else self._mask()
             self._lists[rows, transposed, split] = _compile(keep, rows, split).to(self.device)
         return self._lists[rows, transposed, split]
 
     def keep(self) -> torch.Tensor:
-        """The mask itself: bool [heads, query_len, key_len], true = kept."""
-        if self._keep is None:
-            self._keep = self._source.to(self.device)
-        return self._keep
+        """The mask itself: bool [heads, query_len, key_len], true = kept; made anew at every call."""
+        return self._mask().to(self.device)
+
+    def _mask(self) -> torch.Tensor:
+        """The mask where it lies: on the CPU, or where a layout was made from a tensor elsewhere."""
+        return self._source.unpack() if isinstance(self._source, PackedMask) else self._source
 
     def bias(self) -> torch.Tensor:
         """The mask as a term for scores: float32 [heads, query_len, key_len], 0 where kept and -inf where pruned."""
         if self._bias is None:
-            bias = torch.zeros(self._source.shape, dtype=torch.float32, device=self.device)
+            bias = torch.zeros((self.heads, self.query_len, self.key_len), dtype=torch.float32, device=self.device)
             self._bias = bias.masked_fill_(~self.keep(), float("-inf"))
         return self._bias
 
     def work(self, rows: int = 16) -> float:
         """Share of the dense work that a kernel with groups of `rows` queries does."""
         if rows not in self._work:
-            entries = sum(int(_group_counts(head, rows).count_nonzero()) for head in self._source)
+            entries = sum(int(_group_counts(head, rows).count_nonzero()) for head in self._mask())
             self._work[rows] = entries / (self.heads * -(-self.query_len // rows) * self.key_len)
         return self._work[rows]
 
@@ -147,9 +154,16 @@ class SparseLayout:
             return self
         moved = SparseLayout(self._source)
         moved.device = device
-        moved._keep = None
         moved._lists = {form: lists.to(device) for form, lists in self._lists.items()}
         return moved
+
+
+def _check(keep: torch.Tensor) -> None:
+    if keep.dtype != torch.bool or keep.ndim != 3:
+        found = f"{keep.dtype} {tuple(keep.shape)}"
+        raise ValueError(f"a layout is compiled from a boolean mask [heads, query_len, key_len], not from {found}")
+    if 0 in keep.shape:
+        raise ValueError(f"a layout needs at least one head, query and key; the mask has shape {tuple(keep.shape)}")
 
 
 def _group_counts(keep: torch.Tensor, rows: int) -> torch.Tensor:
@@ -164,15 +178,16 @@ def _compile(keep: torch.Tensor, rows: int, split: bool) -> ColumnLists:
     groups = -(-query_len // rows)
     words = -(-rows // BITS_PER_WORD)
     blocks = -(-key_len // STOP_KEYS)
+    bit_weights = (1 << torch.arange(min(rows, BITS_PER_WORD), device=keep.device)).view(1, -1, 1)
     real_rows = torch.full((groups, 1), rows, device=keep.device)
     real_rows[-1] = query_len - (groups - 1) * rows
-    bit_weights = (1 << torch.arange(min(rows, BITS_PER_WORD), device=keep.device)).view(1, -1, 1)
     head_entries, any_full, any_partial = [], False, False
     for head in keep:  # head by head: the mask of a long sequence is large
         counts = _group_counts(head, rows)
         group, column = counts.nonzero(as_tuple=True)  # sorted by group, then by key
-        padded = torch.nn.functional.pad(head, (0, 0, 0, groups * rows - query_len))
-        packed = (padded.view(groups * words, -1, key_len) * bit_weights).sum(1).view(groups, words, key_len)
+        padded = torch.nn.functional.pad(head, (0, 0, 0, groups * rows - query_len)).view(groups * words, -1, key_len)
+        some = padded.split(max(1, _POSITIONS_AT_ONCE // padded[0].numel()))
+        packed = torch.cat([(part * bit_weights).sum(1) for part in some]).view(groups, words, key_len)
         partial = (counts < real_rows)[group, column]
         any_full, any_partial = any_full or not bool(partial.all()), any_partial or bool(partial.any())
         head_entries.append((group, column.to(torch.int32), _as_int32(packed[group, :, column]), partial))

@@ -10,7 +10,7 @@ import torch
 
 from . import ranking
 from .averages import AttentionAverages
-from .bitpacking import pack_bits, unpack_bits
+from .bitpacking import PackedMask
 from .files import load_tensors, save_tensors
 from .layout import SparseLayout
 
@@ -22,19 +22,23 @@ class GlobalMask:
     """A boolean keep-matrix per layer and head, indexed by absolute positions. Not the padding mask.
 
     Make one with `from_averages`, `random`, `from_tensor` or `from_function`; combine masks with `&`, `|` and `~`.
+    A mask takes one bit per position and does not change.
+
+    Args:
+        keep: bool [layers, heads, query_len, key_len], true = kept, or packed; a tensor is copied.
 
     Attributes:
-        keep: bool [layers, heads, query_len, key_len], true = kept. Treat it as read-only: layouts are cached.
         metadata: how the mask was made, saved with it.
     """
 
-    def __init__(self, keep: torch.Tensor, metadata: dict[str, Any] | None = None):
-        if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool or keep.ndim != 4 or 0 in keep.shape:
+    def __init__(self, keep: torch.Tensor | PackedMask, metadata: dict[str, Any] | None = None):
+        dtype = torch.bool if isinstance(keep, PackedMask) else getattr(keep, "dtype", None)
+        if dtype != torch.bool or len(keep.shape) != 4 or 0 in keep.shape:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
             raise ValueError(
                 f"a global mask is a boolean tensor [layers, heads, query_len, key_len] with true = kept, not {found}"
             )
-        self.keep = keep.cpu().contiguous()
+        self._packed = keep if isinstance(keep, PackedMask) else PackedMask.pack(keep.cpu())
         self.metadata = dict(metadata or {})
         self._layouts: dict[tuple[int, torch.device], SparseLayout] = {}
 
@@ -155,30 +159,44 @@ class GlobalMask:
         return cls(keep)
 
     @property
+    def keep(self) -> torch.Tensor:
+        """The mask as bool [layers, heads, query_len, key_len], true = kept, on the CPU; made anew at every access."""
+        return self._packed.unpack()
+
+    def layer(self, index: int) -> torch.Tensor:
+        """The mask of a layer (0-based): bool [heads, query_len, key_len], true = kept, on the CPU."""
+        return self._packed[self._checked(index)].unpack()
+
+    @property
+    def shape(self) -> torch.Size:
+        """(layers, heads, query_len, key_len)"""
+        return self._packed.shape
+
+    @property
     def layers(self) -> int:
-        return self.keep.shape[0]
+        return self.shape[0]
 
     @property
     def heads(self) -> int:
-        return self.keep.shape[1]
+        return self.shape[1]
 
     @property
     def query_len(self) -> int:
-        return self.keep.shape[2]
+        return self.shape[2]
 
     @property
     def key_len(self) -> int:
-        return self.keep.shape[3]
+        return self.shape[3]
 
     def __repr__(self) -> str:
-        density = self.keep.float().mean().item()
+        density = self.density().mean().item()
         return (
             f"GlobalMask(layers={self.layers}, heads={self.heads}, query_len={self.query_len}, "
             f"key_len={self.key_len}, density={density:.3f})"
         )
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, GlobalMask) and torch.equal(self.keep, other.keep)
+        return isinstance(other, GlobalMask) and self.shape == other.shape and torch.equal(self.keep, other.keep)
 
     __hash__ = None
 
@@ -197,50 +215,54 @@ class GlobalMask:
     def _combined(self, other: GlobalMask, operation: Callable) -> GlobalMask:
         if not isinstance(other, GlobalMask):
             return NotImplemented
-        if self.keep.shape != other.keep.shape:
+        if self.shape != other.shape:
             raise ValueError(
-                f"masks of shape {tuple(self.keep.shape)} and {tuple(other.keep.shape)} cannot be combined; "
+                f"masks of shape {tuple(self.shape)} and {tuple(other.shape)} cannot be combined; "
                 "both must be [layers, heads, query_len, key_len] of the same model and length"
             )
         return GlobalMask(operation(self.keep, other.keep))
 
     def density(self) -> torch.Tensor:
         """Share of positions kept: float64 [layers, heads]."""
-        return self.keep.double().mean((2, 3))
+        counts = torch.stack([self.layer(index).sum((1, 2)) for index in range(self.layers)])
+        return counts.double() / (self.query_len * self.key_len)
 
     def retained_attention(self, averages: AttentionAverages) -> torch.Tensor:
         """Share of the averages' attention mass on kept positions: float64 [layers, heads].
 
         Raises ValueError where `averages` have other layers, heads or lengths than the mask.
         """
-        if averages.sums.shape != self.keep.shape:
+        if averages.sums.shape != self.shape:
             raise ValueError(
-                f"averages of shape {tuple(averages.sums.shape)} do not fit a mask of shape {tuple(self.keep.shape)}"
+                f"averages of shape {tuple(averages.sums.shape)} do not fit a mask of shape {tuple(self.shape)}"
             )
         return (averages.sums * self.keep).sum((2, 3)) / averages.sums.sum((2, 3))
 
     def layout(self, layer: int, device: torch.device | str | None = None) -> SparseLayout:
         """The compiled mask of a layer (0-based) on `device` (default: the CPU), made once and cached."""
-        if not 0 <= layer < self.layers:
-            raise ValueError(f"layer is {layer}; the mask has layers 0 to {self.layers - 1}")
+        layer = self._checked(layer)
         device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
         if (layer, device) not in self._layouts:
-            on_cpu = self._layouts.setdefault((layer, torch.device("cpu")), SparseLayout(self.keep[layer]))
+            on_cpu = self._layouts.setdefault((layer, torch.device("cpu")), SparseLayout(self._packed[layer]))
             self._layouts[layer, device] = on_cpu.to(device)
         return self._layouts[layer, device]
 
+    def _checked(self, layer: int) -> int:
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer is {layer}; the mask has layers 0 to {self.layers - 1}")
+        return layer
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file with one bit per position."""
-        header = {"shape": list(self.keep.shape), "metadata": self.metadata}
-        save_tensors(path, _KIND, {"keep_bits": pack_bits(self.keep)}, header)
+        header = {"shape": list(self.shape), "metadata": self.metadata}
+        save_tensors(path, _KIND, {"keep_bits": self._packed.bits}, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GlobalMask:
         """Reads a file of `save`. Raises FileNotFoundError or ValueError, naming the file and what is wrong with it."""
         tensors, header = load_tensors(path, _KIND, ("keep_bits",))
         try:
-            shape = torch.Size(header["shape"])
-            return cls(unpack_bits(tensors["keep_bits"], shape.numel()).view(shape), header["metadata"])
+            return cls(PackedMask(tensors["keep_bits"], header["shape"]), header["metadata"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged {_KIND} file: {error}") from error
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_attn import bitpacking, extension
-from sparse_attn.bitpacking import pack_bits, unpack_bits
+from sparse_attn.bitpacking import PackedMask, pack_bits, unpack_bits
 
 SIZES = [0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1000, 262_144, 1_000_003]
 THREE_BYTES = torch.ones(3, dtype=torch.uint8)
@@ -132,6 +132,20 @@ def test_refusals_of_the_operators(operator, arguments, message):
 
 
 @needs_extension
+@pytest.mark.parametrize("shape", [(3, 2, 5, 8), (3, 1, 5, 5), (2, 3, 3, 3), (1, 1, 1, 1)])
+def test_packed_masks(path, shape):
+    """As a whole and in parts, which begin within a byte where their size is no multiple of 8; strided ones too."""
+    mask = torch.rand(shape) < 0.3
+    for source in (mask, mask.transpose(2, 3).contiguous().transpose(2, 3), mask[:1].expand(shape)):
+        packed = PackedMask.pack(source)
+        assert packed.bits.numel() == -(-mask.numel() // 8) and torch.equal(packed.unpack(), source)
+        assert torch.equal(packed.bits, pack_bits(source))
+        for index, part in enumerate(source):
+            assert torch.equal(packed[index].unpack(), part) and torch.equal(packed[index][0].unpack(), part[0])
+    with pytest.raises(ValueError, match="bits take uint8"):
+        PackedMask(torch.zeros(3, dtype=torch.uint8), (40,))
+
+
 @pytest.mark.parametrize("size", [0, 65])
 def test_operators_are_well_formed(size):
     mask = random_mask(size)
@@ -161,7 +175,7 @@ def test_one_warning_per_process():
     done = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("RuntimeWarning") == 1
-    for part in ("saving and loading masks is slower", "it is not there", "pip install --no-build-isolation"):
+    for part in ("making and loading masks is slower", "it is not there", "pip install --no-build-isolation"):
         assert part in done.stderr
 
 

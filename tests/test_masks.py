@@ -212,6 +212,21 @@ def test_damaged_files_are_named(tmp_path):
         GlobalMask.load(path)
 
 
+def test_a_mask_and_its_layouts_take_one_bit_per_position():
+    mask = GlobalMask.random(2, 3, 64, sparsity=0.9)
+    keep = mask.keep
+    assert mask.shape == keep.shape and torch.equal(mask.layer(1), keep[1])
+    keep.zero_()  # a copy
+    assert 0 < mask.density().mean() < 1
+    layout = mask.layout(1)
+    layout.lists(16)
+    held = [mask._packed.bits, layout._source.bits]
+    assert [tensor.numel() for tensor in held] == [keep.numel() // 8, keep.numel() // 16]
+    assert held[0].untyped_storage().data_ptr() == held[1].untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="layer is 2; the mask has layers 0 to 1"):
+        mask.layer(2)
+
+
 def test_layouts_are_compiled_once():
     mask = GlobalMask.random(2, 3, 32, sparsity=0.5)
     assert mask.layout(1) is mask.layout(1, "cpu") is not mask.layout(0)

@@ -30,7 +30,7 @@ class SparseAttentionState(nn.Module):
 
     Attributes:
         layers: the mask's layers that the module computes: one, but in models whose layers share it.
-        layouts: of these layers, on the device of the weights.
+        layouts: of these layers, on the device of the weights, ready for the mode that the module is in.
         previous_implementation: of the model's attention, before it was patched.
         handles: hooks that belong to the patch.
     """
@@ -43,8 +43,10 @@ class SparseAttentionState(nn.Module):
         backend: str,
         head_dim: int,
         weight: Tensor,
+        training: bool,
     ):
         super().__init__()
+        self.training = training
         self.mask, self.layers = mask, layers
         self.table, self.backend, self.head_dim = table, backend, head_dim
         self.previous_implementation = ""
@@ -55,9 +57,21 @@ class SparseAttentionState(nn.Module):
         """Compiles what the backend needs for a weight's device and dtype now, not inside a traced forward pass."""
         self.layouts = {layer: self.mask.layout(layer, weight.device) for layer in self.layers}
         self.device, self.dtype = weight.device, weight.dtype
-        if weight.device.type != "meta":
+        self._prepare()
+
+    def train(self, mode: bool = True) -> SparseAttentionState:
+        """Lists for the backward pass take more memory than those for the forward pass: only training has them."""
+        begins = mode and not self.training
+        super().train(mode)
+        if begins:
+            self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        if self.device.type != "meta":
+            rounded, training = self.table is not None, None if self.training else False
             for layout in self.layouts.values():
-                prepare(layout, self.head_dim, weight.dtype, self.backend, rounded=self.table is not None)
+                prepare(layout, self.head_dim, self.dtype, self.backend, rounded, training)
 
     def layout(self, layer: int | None, device: torch.device) -> SparseLayout:
         """The layout of a layer, by default of the only one."""

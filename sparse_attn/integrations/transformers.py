@@ -82,7 +82,9 @@ def patch_model(
     for layer, module in enumerate(encoder.attention):
         layers.setdefault(module, []).append(layer)
     states = {
-        module: SparseAttentionState(mask, own, table, backend, encoder.head_dim, encoder.query_of(module).weight)
+        module: SparseAttentionState(
+            mask, own, table, backend, encoder.head_dim, encoder.query_of(module).weight, module.training
+        )
         for module, own in layers.items()
     }
     previous = encoder.model.config._attn_implementation

@@ -1,24 +1,17 @@
-"""Steps in time slots, random calls against float64, and their error budgets."""
+"""Steps in time slots, and the commands of the suite."""
 
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import gpu_suite, random_check
 from benchmarks.gpu_steps import FAILED, LOG, OK, OUT_OF_TIME, SKIPPED, SUMMARY, Step, run_step, run_steps
-from benchmarks.random_cases import draw
-from benchmarks.random_compare import check
-from sparse_attn.kernels import launch
 from tests.helpers import CUDA
 
 ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
-interpreted = pytest.mark.skipif(CUDA, reason="Triton's interpreter is not chosen where there is a GPU")
 
 
 def python(code: str, *words: str) -> tuple[str, ...]:
@@ -108,11 +101,13 @@ def test_unused_time_goes_to_later_steps(tmp_path):
 
 def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     """Every module is there and takes the options that it gets."""
-    from benchmarks import attention, tune, tune_native
-    from benchmarks.squad_options import parse_options as squad_options
+    from benchmarks import attention, long, tune, tune_native
+    from benchmarks.squad.options import parse_options as squad_options
 
     monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/some/{name}")
+    monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: name)
     parsers = {"tune": tune, "tune_native": tune_native, "attention": attention, "random_check": random_check}
+    parsers["long"] = long
     options = gpu_suite.parse_options(["--output", str(tmp_path), "--model", "some/model"])
     steps = gpu_suite.make_steps(options, "Some GPU", tmp_path)
     assert [step.name for step in steps] == list(gpu_suite.NAMES) and not any(step.skipped for step in steps)
@@ -138,82 +133,3 @@ def test_without_a_gpu_there_is_one_line(tmp_path, capsys):
     assert "gpu_suite: error: no GPU is available" in capsys.readouterr().err
     assert random_check.main(["--device", "cuda"]) == 2
     assert "random_check: error: --device cuda: no GPU is available" in capsys.readouterr().err
-
-
-def small_case(number: int, **kind):
-    case = draw(number, 3, "cpu")
-    return replace(case, kind=replace(case.kind, **kind)) if kind else case
-
-
-@interpreted
-@pytest.mark.parametrize("number", [1, 13, 26, 49, 61])
-def test_random_calls_are_within_their_budgets(number):
-    case = draw(number, 3, "cpu")
-    assert draw(number, 3, "cpu") == case
-    checked = check(case, CPU)
-    assert checked.failures == () and 0 < checked.share <= 1
-    assert f"case {number}: " in case.describe()
-
-
-def test_cases_cover_what_calls_can_be():
-    cases = [draw(number, 0, "cuda") for number in range(500)]
-    kinds = [case.kind for case in cases]
-    assert {kind.dtype for kind in kinds} == {torch.float16, torch.bfloat16, torch.float32}
-    for field in ("packed", "causal", "offset", "lengths", "padding"):
-        assert {getattr(kind, field) for kind in kinds} == {False, True}
-    assert {None, 1, 8} < {kind.bits for kind in kinds} and {0.0, 0.5} < {kind.dropout for kind in kinds}
-    assert {case.mask for case in cases} == {"random", "tile", "stripes", "band", "full", "empty"}
-    assert max(case.query_len for case in cases) > 1000 and min(case.query_len for case in cases) == 1
-    assert len(set(kinds)) < 50  # kernels are compiled for each
-    assert all(case.query_offset + case.query_len <= case.mask_len >= case.key_len for case in cases)
-
-
-@interpreted
-def test_mistakes_are_found(monkeypatch):
-    """An element that is not written, a wrong sum, and results that change are all noticed."""
-    plain = dict(dtype=torch.float32, packed=False, dropout=0.0, lengths=False, padding=False, bits=None)
-    case = replace(small_case(1, **plain), mask="full", query_len=20, key_len=20, mask_len=20, query_offset=0, batch=1)
-    assert check(case, CPU).failures == ()
-    forward, calls = launch.forward, []
-
-    def broken(how):
-        def wrong(call, output, *rest):
-            forward(call, output, *rest)
-            calls.append(how)
-            how(output)
-
-        return wrong
-
-    for how, complaint in (
-        (lambda output: output[0, 0, 3].fill_(float("nan")), "output: not finite everywhere"),
-        (lambda output: output[0, 0, 3].mul_(1.001), "output: error"),
-        (lambda output: output.add_(len(calls) % 2 * 1e-6), "output: other bits in a second run"),
-    ):
-        monkeypatch.setattr(launch, "forward", broken(how))
-        failures = "; ".join(check(case, CPU).failures)
-        assert complaint in failures
-    monkeypatch.setattr(launch, "forward", forward)
-    backward = launch.backward
-
-    def wrong_backward(call, output, lse, grad_output, gradients, *rest):
-        backward(call, output, lse, grad_output, gradients, *rest)
-        gradients[2][0, 0, 5].mul_(1.01)
-
-    monkeypatch.setattr(launch, "backward", wrong_backward)
-    assert check(case, CPU).failures[0].startswith("gradient of the value: error")
-
-
-@interpreted
-def test_the_command_reports_failures(monkeypatch, capsys):
-    assert random_check.main(["--device", "cpu", "--cases", "2", "--seed", "3"]) == 0
-    assert "2 of 2 random cases run, 0 failed" in capsys.readouterr().out
-
-    def raising(*_):
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(random_check, "check", raising)
-    assert random_check.main(["--device", "cpu", "--cases", "2", "--seed", "3"]) == 1
-    printed = capsys.readouterr().out
-    assert "RuntimeError: out of luck" in printed and "--seed 3 --only 1" in printed and "2 failed" in printed
-    assert random_check.main(["--device", "cpu", "--cases", "2", "--minutes", "1e-9"]) == 1
-    assert "0 of 2 random cases run" in capsys.readouterr().out

@@ -54,6 +54,12 @@ def test_wrong_variants_are_not_timed(monkeypatch):
     assert rows == [] and failures[0]["variant"] == "sdpa, dense"
 
 
+def test_a_mask_is_checked_on_the_first_tokens_of_its_own_length():
+    """Short masks of little density do not exist: global tokens and stripes keep more."""
+    document = Document(1, 2048, 1, 0.1, "float32", "cpu")
+    check(document, Variant("sparse", "sdpa", "tile"))
+
+
 def test_bad_options(tmp_path, capsys):
     assert long.main(["--variants", "sparse,dense", "--json", str(tmp_path / "out.json")]) == 2
     assert "expected names among eager, sdpa, sparse" in capsys.readouterr().err

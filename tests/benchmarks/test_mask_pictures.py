@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.mask_pictures import (
+from benchmarks.squad.mask_pictures import (
     LEVELS,
     block_densities,
     colors,

@@ -17,8 +17,10 @@ from benchmarks.report import (
     attention_summary,
     draw_pictures,
     main,
+    pass_section,
     pictures,
     squad_section,
+    squad_summary,
 )
 from tests.benchmarks.attention_samples import make_results, make_row
 
@@ -58,7 +60,8 @@ def test_a_changed_figure_shows(tmp_path):
     (folder / "device").mkdir(parents=True)
     (folder / "device" / "squad-x.json").write_text(json.dumps(results))
     section = squad_section(folder)
-    assert "| 12.34 |" in section and "benchmarks/results/device/squad-x.json" in section
+    for text in (section, squad_summary(folder)):
+        assert "| 12.34 |" in text and "benchmarks/results/device/squad-x.json" in text
     begin, end = SECTIONS[0].markers
     assert section in between_markers(f"a {begin} old {end} b", begin, end, section)
 
@@ -72,6 +75,14 @@ def test_every_shown_picture_is_committed():
     for path, results in newest_results(RESULTS):
         for name in pictures(path, results).values():
             assert (IMAGES / name).exists(), "run python -m benchmarks.report"
+
+
+def test_passes_are_shown_with_their_goals():
+    section = pass_section(RESULTS)
+    assert "| where | what | goal | measured | met |" in section
+    for kind in ("long", "collect"):
+        for path in RESULTS.glob(f"*/{kind}-*.json"):
+            assert f"(../benchmarks/results/{path.parent.name}/{path.name})" in section
 
 
 def test_missing_markers_are_named():

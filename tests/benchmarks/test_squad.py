@@ -10,12 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import squad, squad_checkpoints, squad_data, squad_process, squad_rows, squad_shapes
-from benchmarks.squad_models import make_models
-from benchmarks.squad_options import parse_options
-from benchmarks.squad_setting import read_setting
-from benchmarks.squad_table import measured_lines
-from benchmarks.squad_worker import measure
+from benchmarks.squad import __main__ as squad
+from benchmarks.squad import checkpoints, process, shapes
+from benchmarks.squad import data as squad_data
+from benchmarks.squad import rows as squad_rows
+from benchmarks.squad.models import make_models
+from benchmarks.squad.options import parse_options
+from benchmarks.squad.setting import read_setting
+from benchmarks.squad.table import measured_lines
+from benchmarks.squad.worker import measure
 from sparse_attn import GlobalMask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,7 +148,7 @@ def test_a_row_that_fails_is_reported_and_the_others_are_measured(in_process, ar
 
     def run_worker(job, folder):
         if job.attention == "packed":
-            raise squad_process.VariantFailed("the process that measured it was killed by signal 9")
+            raise process.VariantFailed("the process that measured it was killed by signal 9")
         measured, logits = original(job, folder)
         if job.attention == "sdpa":
             logits["start"][9] = float("nan")
@@ -213,9 +216,9 @@ def test_answers_that_are_not_in_their_place_are_counted(in_process, arguments, 
     assert "1 answer of the data" in (tmp_path / "results" / "results.md").read_text()
 
 
-@pytest.mark.skipif(importlib.util.find_spec(squad_checkpoints.PACKAGED_MODEL) is None, reason="no packaged MiniLM")
+@pytest.mark.skipif(importlib.util.find_spec(checkpoints.PACKAGED_MODEL) is None, reason="no packaged MiniLM")
 def test_a_shape_has_time_and_memory_and_no_accuracy(in_process, arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(squad_shapes.SHAPES, "bert-base-shape", {**squad_shapes.SHAPES["bert-base-shape"], **SMALL})
+    monkeypatch.setitem(shapes.SHAPES, "bert-base-shape", {**shapes.SHAPES["bert-base-shape"], **SMALL})
     command = [*arguments, "--model", "bert-base-shape", "--variants", "sdpa-sorted,sparse-unpadded", "--repeats", "1"]
     assert squad.main(command) == 0
     results = results_of(tmp_path)
@@ -233,13 +236,13 @@ SMALL = {"hidden_size": 192, "intermediate_size": 32, "vocab_size": 30522}
 
 def test_a_short_mask_is_stretched_over_more_layers():
     mask = GlobalMask.random(2, 2, 20, sparsity=0.5)
-    stretched = squad_shapes.stretched(mask, 4)
+    stretched = shapes.stretched(mask, 4)
     assert torch.equal(stretched.keep, mask.keep[[0, 0, 1, 1]])
-    assert squad_shapes.stretched(mask, 2) is mask
+    assert shapes.stretched(mask, 2) is mask
 
 
 def test_a_shape_is_bert_base_and_its_seed_decides():
-    config = squad_shapes.shape_config("bert-base-shape")
+    config = shapes.shape_config("bert-base-shape")
     sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.max_position_embeddings)
     assert sizes == (12, 768, 12, 512)
 
@@ -264,7 +267,7 @@ def test_older_results_are_rendered(tmp_path):
 @pytest.fixture
 def own_set(monkeypatch, headless_folder, data_file):
     """The defaults, made small: a model without a head, and questions of the project's own."""
-    monkeypatch.setattr("benchmarks.squad_setting.packaged_model", lambda: str(headless_folder))
+    monkeypatch.setattr("benchmarks.squad.setting.packaged_model", lambda: str(headless_folder))
     monkeypatch.setattr(squad_data, "OWN_QUESTIONS", data_file)
 
 
@@ -301,8 +304,8 @@ def test_finetune_trains_dense_and_then_with_the_mask(arguments):
     models = make_models(setting)
     assert Path(models.dense.path).name.startswith("dense-")
     assert Path(models.sparse.path).name.startswith("sparse-")
-    dense, _ = squad_checkpoints.load_model(models.dense.path)
-    sparse, missing = squad_checkpoints.load_model(models.sparse.path)
+    dense, _ = checkpoints.load_model(models.dense.path)
+    sparse, missing = checkpoints.load_model(models.sparse.path)
     assert not missing
     assert not torch.equal(
         dense.bert.encoder.layer[0].attention.self.query.weight,
@@ -318,7 +321,7 @@ def test_a_mask_file_replaces_averages(arguments, tmp_path):
 
 
 def test_nothing_is_written_where_no_row_could_be_measured(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.squad_process.sys.executable", "/bin/false")
+    monkeypatch.setattr("benchmarks.squad.process.sys.executable", "/bin/false")
     assert squad.main([*arguments, "--variants", "eager-padded"]) == 1
     error = capsys.readouterr().err
     assert "eager-padded: the process that measured it ended with exit status 1" in error and "no row" in error

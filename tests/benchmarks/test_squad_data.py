@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.squad_data import read_questions, squad_format
+from benchmarks.squad.data import read_questions, squad_format
 
 RECORDS = [
     {

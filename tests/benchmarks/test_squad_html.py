@@ -6,12 +6,13 @@ import re
 
 import pytest
 
-from benchmarks import squad, squad_rows
 from benchmarks.report import RESULTS
-from benchmarks.squad_html import page, write_page
-from benchmarks.squad_html_charts import row_labels, sweep_charts, sweep_key
-from benchmarks.squad_table import COLUMNS, cells
-from benchmarks.squad_worker import measure
+from benchmarks.squad import __main__ as squad
+from benchmarks.squad import rows as squad_rows
+from benchmarks.squad.html import page, write_page
+from benchmarks.squad.html_charts import row_labels, sweep_charts, sweep_key
+from benchmarks.squad.table import COLUMNS, cells
+from benchmarks.squad.worker import measure
 from sparse_attn import GlobalMask
 from tests.benchmarks.html_reading import read_html, text_of
 

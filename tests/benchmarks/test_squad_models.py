@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import squad_data
-from benchmarks.squad_checkpoints import load_model
-from benchmarks.squad_models import make_models, make_models_for_seed
-from benchmarks.squad_options import parse_options
-from benchmarks.squad_seeds import measure_seeds, spread
-from benchmarks.squad_setting import read_setting
+from benchmarks.squad import data as squad_data
+from benchmarks.squad.checkpoints import load_model
+from benchmarks.squad.models import make_models, make_models_for_seed
+from benchmarks.squad.options import parse_options
+from benchmarks.squad.seeds import measure_seeds, spread
+from benchmarks.squad.setting import read_setting
 from sparse_attn import log_table
 from sparse_attn.calibration import rounding_error
 
@@ -62,7 +62,7 @@ def test_any_text_can_be_distilled_on(arguments, tmp_path):
 
 
 def test_a_head_of_the_harness_is_distilled_on_what_trained_it(arguments, monkeypatch, headless_folder, data_file):
-    monkeypatch.setattr("benchmarks.squad_setting.packaged_model", lambda: str(headless_folder))
+    monkeypatch.setattr("benchmarks.squad.setting.packaged_model", lambda: str(headless_folder))
     monkeypatch.setattr(squad_data, "OWN_QUESTIONS", data_file)
     setting = setting_of(*arguments[2:], "--recover", "distil")
     assert setting.recovery.source == "own questions, training articles"
@@ -145,7 +145,7 @@ def test_a_row_that_a_seed_lacks_has_fewer_values():
 
 def test_time_is_measured_with_the_first_seed_only(monkeypatch, arguments):
     seen = []
-    monkeypatch.setattr("benchmarks.squad_seeds.make_models_for_seed", lambda setting, seed: (seed, setting))
+    monkeypatch.setattr("benchmarks.squad.seeds.make_models_for_seed", lambda setting, seed: (seed, setting))
     setting = setting_of(*arguments, "--granularity", "element,tile", "--repeats", "5", "--seed", "4")
     setting.options.seeds = 3
 

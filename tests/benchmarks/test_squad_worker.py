@@ -9,12 +9,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 from transformers.models.bert.modeling_bert import BertIntermediate
 
-from benchmarks import squad_peers
 from benchmarks.attention_variants import Absent
-from benchmarks.squad_checkpoints import input_names, load_model
-from benchmarks.squad_feeding import write_inputs
-from benchmarks.squad_variants import NAMES, default_names, table_variants
-from benchmarks.squad_worker import Job, main, measure
+from benchmarks.squad import peers
+from benchmarks.squad.checkpoints import input_names, load_model
+from benchmarks.squad.feeding import write_inputs
+from benchmarks.squad.variants import NAMES, default_names, table_variants
+from benchmarks.squad.worker import Job, main, measure
 from sparse_attn import GlobalMask
 from sparse_attn.squad.reading import read_squad
 from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
@@ -151,7 +151,7 @@ def test_compiled_models_are_compiled_and_equal(job, expected, saved_mask, monke
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.6])
 def test_flex_computes_what_the_mask_keeps(job, windows, saved_mask, sparsity, monkeypatch):
-    monkeypatch.setattr(squad_peers, "_flex", flex_attention)  # not compiled: the same function, slowly
+    monkeypatch.setattr(peers, "_flex", flex_attention)  # not compiled: the same function, slowly
     mask = saved_mask(sparsity)
     _, ours = measure(replace(job, attention="sparse", mask=mask, repeats=1))
     measured, flex = measure(replace(job, attention="flex", mask=mask, repeats=1))
@@ -172,10 +172,7 @@ def test_packed_attention_on_nested_tensors_is_the_same():
     query, key, value = torch.randn(3, 1, 11, 2, 16).transpose(2, 3)
     lengths = [5, 4, 2]
     bounds = torch.tensor([0, 5, 9, 11], dtype=torch.int32)
-    outputs = [
-        function(query, key, value, 0.25, bounds, 5, lengths)
-        for function in (squad_peers._one_by_one, squad_peers._nested)
-    ]
+    outputs = [function(query, key, value, 0.25, bounds, 5, lengths) for function in (peers._one_by_one, peers._nested)]
     assert outputs[0].shape == (1, 11, 2, 16)
     torch.testing.assert_close(*outputs)
 

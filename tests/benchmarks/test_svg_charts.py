@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.svg_charts import WIDTH, Bar, Curve, bar_chart, curve_chart
+from benchmarks.squad.svg_charts import WIDTH, Bar, Curve, bar_chart, curve_chart
 from tests.benchmarks.html_reading import read_html, text_of
 
 

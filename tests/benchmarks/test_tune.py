@@ -8,16 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import tune, tune_compiling, tune_sweep
+from benchmarks import tune
 from benchmarks.attention_workloads import Workload
 from benchmarks.timing import HostTimer
-from benchmarks.tune_bench import Bench, Layouts, WrongResult
-from benchmarks.tune_candidates import neighbours
-from benchmarks.tune_compiling import NoCompiler, recorded
-from benchmarks.tune_problems import TuningProblem
-from benchmarks.tune_search import BETTER, Search
-from benchmarks.tune_sweep import Sweep
-from benchmarks.tune_table import TableFile, line, print_outcomes
+from benchmarks.tuning import compiling, sweep
+from benchmarks.tuning.bench import Bench, Layouts, WrongResult
+from benchmarks.tuning.candidates import neighbours
+from benchmarks.tuning.compiling import NoCompiler, recorded
+from benchmarks.tuning.problems import TuningProblem
+from benchmarks.tuning.search import BETTER, Search
+from benchmarks.tuning.sweep import Sweep
+from benchmarks.tuning.table import TableFile, line, print_outcomes
 from sparse_attn.kernels import configuration, launch
 from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, read_table
 from tests.helpers import CUDA
@@ -220,10 +221,10 @@ def test_the_command_writes_a_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     properties = SimpleNamespace(shared_memory_per_block=49152, shared_memory_per_block_optin=SHARED_LIMIT)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(tune_compiling, "CompilePool", FakePool)
-    monkeypatch.setattr(tune_sweep, "device_measure", lambda device: partial(tune_sweep.measured, HostTimer()))
-    monkeypatch.setattr(tune_sweep, "GRID_MOST", 2)
-    monkeypatch.setattr(tune_sweep, "FINAL_SECONDS", 0.002)
+    monkeypatch.setattr(compiling, "CompilePool", FakePool)
+    monkeypatch.setattr(sweep, "device_measure", lambda device: partial(sweep.measured, HostTimer()))
+    monkeypatch.setattr(sweep, "GRID_MOST", 2)
+    monkeypatch.setattr(sweep, "FINAL_SECONDS", 0.002)
     path = tmp_path / "table.json"
     assert tune.main(["--minutes", "2", "--output", str(path)]) == 0
     table = read_table(path)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.tune_bench import typical_layers
-from benchmarks.tune_candidates import ListFacts, grid, neighbours, refusal
-from benchmarks.tune_compiling import CompilePool, reason_of
-from benchmarks.tune_problems import PROBLEMS
-from benchmarks.tune_search import GRID_MOST, Search
+from benchmarks.tuning.bench import typical_layers
+from benchmarks.tuning.candidates import ListFacts, grid, neighbours, refusal
+from benchmarks.tuning.compiling import CompilePool, reason_of
+from benchmarks.tuning.problems import PROBLEMS
+from benchmarks.tuning.search import GRID_MOST, Search
 from sparse_attn import SparseLayout
 from sparse_attn.kernels.configuration import KERNELS, KernelConfig, Problem
 

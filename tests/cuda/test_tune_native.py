@@ -5,9 +5,9 @@ import torch
 
 from benchmarks import tune_native
 from benchmarks.attention_workloads import Workload
-from benchmarks.tune_bench import Layouts, WrongResult
-from benchmarks.tune_problems import TuningProblem
-from benchmarks.tune_table import TableFile
+from benchmarks.tuning.bench import Layouts, WrongResult
+from benchmarks.tuning.problems import TuningProblem
+from benchmarks.tuning.table import TableFile
 from sparse_attn.backends import native_cuda
 from sparse_attn.kernels.configuration import BlockConfig, read_table
 from tests.helpers import CUDA

@@ -228,6 +228,21 @@ def test_compiles_as_one_graph_for_any_length(model, backend):
     torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
 
 
+def test_lists_for_gradients_come_with_training_mode(model):
+    """They take as much memory as the others, or several times as much; a traced step finds them there."""
+    mask = GlobalMask(MASK.keep)
+    patch_bert(model, mask)
+    run(model, device_inputs())
+    forms = [mask.layout(layer, DEVICE)._lists for layer in range(mask.layers)]
+    assert not [form for lists in forms for form in lists if form[1]], "transposed"
+    model.train()
+    assert all([form for form in lists if form[1]] for lists in forms)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(**device_inputs()).last_hidden_state.square().sum().backward()
+    assert model.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 @pytest.mark.parametrize("mode", ["graph", "reduce-overhead"])
 def test_captured_in_a_cuda_graph(model, mode):

@@ -1,0 +1,1 @@
+"""The SQuAD benchmark: `python -m benchmarks.squad --help`."""

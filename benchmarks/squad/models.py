@@ -1,0 +1,128 @@
+"""The checkpoints, the mask and the table that the rows of the SQuAD table are measured with."""
+
+from __future__ import annotations
+
+import copy
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from sparse_attn import (
+    GlobalMask,
+    ProbabilityHistogram,
+    QuantizationTable,
+    calibrated_table,
+    collect_probabilities,
+    renormalised_table,
+)
+
+from .checkpoints import Checkpoint, DistilRecipe, Recipe, distilled, finetuned, load_model
+from .masks import make_mask, model_batches
+from .recovery import recover_kind
+from .setting import Setting
+
+_CALIBRATION_WINDOWS = 64
+
+
+@dataclass
+class Models:
+    """What the rows load: `dense` for rows without a mask; `sparse`, `mask` and tables for those with one.
+
+    Attributes:
+        dense: as given, or fine-tuned.
+        sparse: recovered with `mask`; the dense one if nothing was.
+        mask: of --granularity (the first, if there are several) and --sparsity, or of --mask.
+        seconds: how long fine-tuning, averages, mask, recovery and calibration took.
+        probabilities: of the sparse model with `mask`, for tables other than the published one; None for that.
+        table_kind: "published", "calibrated" (bins fitted, then rows' sums restored) or "renormalised" (the published
+            bins, rows' sums restored).
+    """
+
+    dense: Checkpoint
+    sparse: Checkpoint
+    mask: GlobalMask | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    probabilities: ProbabilityHistogram | None = None
+    table_kind: str = "published"
+
+    def table(self, bits: int | None) -> QuantizationTable | None:
+        """The table for so many bits; None for no bits, and for the published one."""
+        if bits is None or self.probabilities is None:
+            return None
+        fitted = calibrated_table(self.probabilities, bits) if self.table_kind == "calibrated" else bits
+        return renormalised_table(self.probabilities, fitted)
+
+
+def make_models(setting: Setting) -> Models:
+    """Fine-tunes, collects averages, prunes, recovers accuracy and counts probabilities, as far as asked for."""
+    return make_models_for_seed(setting, setting.options.seed)
+
+
+def make_models_for_seed(setting: Setting, seed: int) -> Models:
+    """`make_models` with another seed for new heads, the order of batches and dropout; `setting` keeps its model."""
+    given = Checkpoint(setting.model_source, setting.model_name)
+    models = Models(given, given, table_kind=setting.options.table)
+    model = _given_model(setting, seed)
+    setting = replace(setting, model=model, options=Namespace(**{**vars(setting.options), "seed": seed}))
+    options = setting.options
+    if setting.head_windows is not None:
+        with _timed(models.seconds, "finetuning_dense"):
+            untrained, recipe = copy.deepcopy(model), Recipe(options.epochs, seed)
+            models.dense = finetuned(untrained, setting.tokenizer, setting.head_windows, recipe, options.cache)
+            setting.model = _loaded(setting, models.dense)
+        models.sparse = models.dense
+    if not setting.masked:
+        return models
+    granularity = options.granularity if isinstance(options.granularity, str | None) else options.granularity[0]
+    models.mask = make_mask(setting, granularity, options.sparsity, models.seconds)
+    sparse = setting.model
+    if recover_kind(options) != "none":
+        with _timed(models.seconds, "recovery"):
+            models.sparse = _recovered(setting, models.mask)
+            sparse = _loaded(setting, models.sparse)
+    if options.table != "published":
+        with _timed(models.seconds, "calibration"):
+            models.probabilities = _probabilities(setting, sparse, models.mask)
+    return models
+
+
+def _given_model(setting: Setting, seed: int) -> PreTrainedModel:
+    """The model as given; where its head is new, as `seed` draws it."""
+    if setting.model is not None and seed == setting.options.seed:
+        return setting.model
+    torch.manual_seed(seed)
+    return _loaded(setting, Checkpoint(setting.model_source, setting.model_name))
+
+
+def _recovered(setting: Setting, mask: GlobalMask) -> Checkpoint:
+    """The sparse checkpoint that --recover makes of `setting.model`, the dense one."""
+    options, student = setting.options, copy.deepcopy(setting.model)
+    if recover_kind(options) == "retrain":
+        recipe = Recipe(options.recover_epochs or options.epochs, options.seed)
+        return finetuned(student, setting.tokenizer, setting.head_windows, recipe, options.cache, mask)
+    recipe = DistilRecipe(options.seed, options.recover_epochs or DistilRecipe.epochs)
+    text, teacher = setting.recovery, setting.model
+    return distilled(student, teacher, setting.tokenizer, text.inputs, recipe, options.cache, mask, text.source)
+
+
+def _probabilities(setting: Setting, model: PreTrainedModel, mask: GlobalMask) -> ProbabilityHistogram:
+    """Those of `model` with `mask`, on some of the windows that averages come from."""
+    windows = setting.averages_windows or setting.head_windows or setting.windows
+    windows = windows[:: max(1, len(windows) // _CALIBRATION_WINDOWS)][:_CALIBRATION_WINDOWS]
+    return collect_probabilities(model, model_batches(setting, windows, "probabilities"), mask, progress=False)
+
+
+def _loaded(setting: Setting, checkpoint: Checkpoint) -> PreTrainedModel:
+    return load_model(checkpoint.path, setting.options.trust_remote_code)[0].to(setting.device)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

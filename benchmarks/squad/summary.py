@@ -1,0 +1,43 @@
+"""The short form of SQuAD results that the README shows: the baseline, the fastest peer, and this package's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..pages import ABSENT, table_lines
+from .table import COLUMNS, cells
+
+Row = dict[str, Any]
+_SHOWN = ("variant", "mask", "bits", "EM", "F1", "seconds", "peak memory", "speed-up")
+
+
+def is_own(row: Row) -> bool:
+    """Whether it is this package's attention."""
+    return row["attention"] == "sparse"
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    return min(rows, key=lambda row: row["seconds"], default=None)
+
+
+def fastest_peer(results: dict[str, Any]) -> Row | None:
+    """The fastest row that is not this package's."""
+    return fastest([row for row in results["rows"] if not is_own(row)])
+
+
+def heading(results: dict[str, Any]) -> str:
+    return f"{results['model']}, {results['data']['name']}, {results['arguments']['dtype']}"
+
+
+def summary_lines(results: dict[str, Any]) -> list[str]:
+    """A table in Markdown, with how many times as fast as the fastest peer a row is."""
+    peer = fastest_peer(results)
+    places = [COLUMNS.index(name) for name in _SHOWN]
+    lines = []
+    for index, row in enumerate(results["rows"]):
+        if index == 0 or row is peer or is_own(row):
+            against = ABSENT if peer is None else f"{peer['seconds'] / row['seconds']:.2f}x"
+            texts = cells(row)
+            lines.append([*(texts[place] for place in places), against])
+    return table_lines([*_SHOWN, "against the fastest peer"], lines)
