@@ -77,8 +77,9 @@ def _pass_goals(results: Results, own: Row) -> Iterator[Reached]:
 
 def _accuracy_goals(results: Results, own: Sequence[Row]) -> Iterator[Reached]:
     dense = next((row for row in results["rows"] if row["mask"] is None), None)
-    exact = {row["granularity"]: row for row in own if row["bits"] is None}
-    for row in own:
+    kinds = {(row["granularity"], row["bits"]): row for row in own}  # padded or not, the answers are the same
+    exact = {granularity: row for (granularity, bits), row in kinds.items() if bits is None}
+    for row in kinds.values():
         other = dense if row["bits"] is None else exact.get(row["granularity"])
         if other is None:
             continue
@@ -94,7 +95,8 @@ def long_goals(results: Results) -> Iterator[Reached]:
     peers = [row for row in results["rows"] if row["mask"] == "dense"]
     if own and peers:
         best, peer = (min(rows, key=lambda row: row["p50_s"]) for rows in (own, peers))
-        what = f"{best['variant']}, {best['mask']} against {peer['variant']}"
+        bits = "" if best["bits"] is None else f", {best['bits']} bits"
+        what = f"{best['variant']}, {best['mask']}{bits} against {peer['variant']}"
         yield at_least(what, peer["p50_s"] / best["p50_s"], _LONG)
 
 

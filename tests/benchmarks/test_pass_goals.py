@@ -41,6 +41,7 @@ def test_on_a_gpu_the_best_peer_counts():
 def test_accuracy_is_compared_with_dense_and_bits_with_none():
     rows = [
         row("eager-padded", 1, f1=46.0),
+        row("sparse-padded", 1, mask="element 0.9", f1=45.0, granularity="element"),
         row("sparse-unpadded", 1, mask="element 0.9", f1=45.0, granularity="element"),
         row("sparse-unpadded", 1, mask="tile 0.9", f1=44.999, granularity="tile"),
         row("sparse-unpadded", 1, mask="tile 0.9", bits=3, f1=45.5, granularity="tile"),
@@ -52,7 +53,7 @@ def test_accuracy_is_compared_with_dense_and_bits_with_none():
 
 
 def test_long_documents_and_collections():
-    rows = [{"variant": name, "mask": mask, "p50_s": seconds} for name, mask, seconds in (
+    rows = [{"variant": name, "mask": mask, "bits": None, "p50_s": seconds} for name, mask, seconds in (
         ("eager", "dense", 9.0), ("sdpa", "dense", 4.0), ("sparse", "element", 2.5), ("sparse", "tile", 2.0),
     )]  # fmt: skip
     (one,) = long_goals({"rows": rows})
