@@ -68,7 +68,8 @@ def test_a_changed_figure_shows(tmp_path):
 
 def test_committed_results_name_no_machine_path():
     for path in RESULTS.glob("*/*.json"):
-        assert "/" not in json.dumps(json.loads(path.read_text())["arguments"])
+        results = json.loads(path.read_text())
+        assert "/" not in json.dumps(results.get("arguments", results.get("document")))
 
 
 def test_every_shown_picture_is_committed():
