@@ -120,7 +120,7 @@ def _model(document: Document, attention: str) -> BertModel:
         **_BERT_BASE, num_hidden_layers=document.layers, max_position_embeddings=document.length,
         attn_implementation=attention,
     )  # fmt: skip
-    model = BertModel(config, add_pooling_layer=False).eval()
+    model = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
     return model.to(document.device_type, getattr(torch, document.dtype))
 
 

@@ -24,7 +24,7 @@ class OneLineParser(argparse.ArgumentParser):
 def at_least(least: int) -> Callable[[str], int]:
     """The type of whole numbers from `least` on."""
 
-    def number(text: str) -> int:
+    def whole_number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
@@ -33,15 +33,20 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {least}")
         return value
 
-    return number
+    return whole_number
+
+
+def number(text: str) -> float:
+    """The type of numbers."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def positive(text: str) -> float:
     """The type of numbers above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value} is no finite number above 0")
     return value

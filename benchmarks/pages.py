@@ -9,6 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.table
 
 ABSENT = "–"
 _WIDEST = 1000
@@ -31,7 +35,6 @@ class Table:
     notes: Sequence[str] = ()
 
     def print(self) -> None:
-        from rich.console import Console
         from rich.table import Table as Printed
 
         table = Printed(title=self.title, title_justify="left")
@@ -39,17 +42,22 @@ class Table:
             table.add_column(column, justify="left" if index < self.text_columns else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
-        console = Console()
-        wide = Console(width=_WIDEST).measure(table).maximum  # a narrow terminal wraps, and no cell is cut
-        console = Console(width=max(console.width, wide))
-        console.print(table)
+        print_uncut(table)
         for note in self.notes:
-            console.print(note, markup=False, highlight=False)
+            print(note)
 
     def lines(self) -> list[str]:
         """In Markdown, with the notes above the table."""
         notes = [f"- {note}" for note in self.notes]
         return [*notes, *([""] if notes else []), *table_lines(self.columns, self.rows, self.text_columns)]
+
+
+def print_uncut(table: rich.table.Table) -> None:
+    """Prints a table as wide as its cells are; a narrow terminal wraps it."""
+    from rich.console import Console
+
+    wide = Console(width=_WIDEST).measure(table).maximum
+    Console(width=max(Console().width, wide)).print(table)
 
 
 def between_markers(page: str, begin: str, end: str, section: str) -> str:

@@ -42,8 +42,8 @@ def sparse_attention(
     causal). The softmax goes over kept keys; a row without any yields zeros and lse -inf.
 
     A layout is compiled for a backend at its first call. `torch.compile` cannot trace that: call this function once
-    before, or `sparse_attn.attention.prepare` (which a patched model does by itself, for gradients once it is in
-    training mode).
+    before, or `sparse_attn.attention.prepare` (which a patched model does by itself, for gradients unless all its
+    weights are frozen).
 
     Args:
         query: [batch, heads, query_len, head_dim], or packed [tokens, heads, head_dim]. float16, bfloat16, float32,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..options import DTYPES, OneLineParser, at_least, folder_to_write, names
+from ..options import DTYPES, OneLineParser, at_least, folder_to_write, names, number
 from .checkpoints import DistilRecipe
 from .recovery import KINDS
 from .shapes import SHAPES
@@ -186,10 +186,7 @@ def _granularities(text: str) -> list[str]:
 
 
 def _sparsity(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{value} is outside [0, 1): the share of positions to prune")
     return value

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..pages import ABSENT, table_lines
+from ..pages import ABSENT, print_uncut, table_lines
 
 COLUMNS = (
     "variant",
@@ -41,7 +41,6 @@ PUBLISHED = (
         "peak_memory_bytes": 5.00e9,
     },
 )
-_WIDEST = 1000
 _ROW_WIDTHS = (16, 12, 4, 6, 6, 8, 9, 9, 13, 11, 9, 8)  # of printed rows, before the widest of all is known
 
 
@@ -112,7 +111,6 @@ def _headed():
 
 def print_table(results: dict[str, Any]) -> None:
     """Prints the rows, and the published ones under them; then each sweep, and what was not measured."""
-    from rich.console import Console
     from rich.table import Table
 
     title = f"SQuAD: {results['model']}, {results['data']['name']}, {results['device']}"
@@ -130,8 +128,7 @@ def print_table(results: dict[str, Any]) -> None:
             if row is published[0]:
                 table.add_section()
             table.add_row(*(cells(row)[index] for index in shown), style="dim" if row in published else None)
-        wide = Console(width=_WIDEST).measure(table).maximum  # a narrow terminal wraps, and no cell is cut
-        Console(width=max(Console().width, wide)).print(table)
+        print_uncut(table)
     for line in _unmeasured(results):
         print(line)
 

@@ -30,7 +30,8 @@ class SparseAttentionState(nn.Module):
 
     Attributes:
         layers: the mask's layers that the module computes: one, but in models whose layers share it.
-        layouts: of these layers, on the device of the weights, ready for the mode that the module is in.
+        layouts: of these layers, on the device of the weights.
+        gradients: whether lists for the backward pass are compiled ahead of the first call.
         previous_implementation: of the model's attention, before it was patched.
         handles: hooks that belong to the patch.
     """
@@ -43,10 +44,10 @@ class SparseAttentionState(nn.Module):
         backend: str,
         head_dim: int,
         weight: Tensor,
-        training: bool,
+        gradients: bool,
     ):
         super().__init__()
-        self.training = training
+        self.gradients = gradients
         self.mask, self.layers = mask, layers
         self.table, self.backend, self.head_dim = table, backend, head_dim
         self.previous_implementation = ""
@@ -60,16 +61,15 @@ class SparseAttentionState(nn.Module):
         self._prepare()
 
     def train(self, mode: bool = True) -> SparseAttentionState:
-        """Lists for the backward pass take more memory than those for the forward pass: only training has them."""
-        begins = mode and not self.training
-        super().train(mode)
-        if begins:
+        """Training needs the lists for the backward pass, whatever was frozen before."""
+        if mode and not self.gradients:
+            self.gradients = True
             self._prepare()
-        return self
+        return super().train(mode)
 
     def _prepare(self) -> None:
         if self.device.type != "meta":
-            rounded, training = self.table is not None, None if self.training else False
+            rounded, training = self.table is not None, None if self.gradients else False
             for layout in self.layouts.values():
                 prepare(layout, self.head_dim, self.dtype, self.backend, rounded, training)
 

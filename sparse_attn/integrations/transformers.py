@@ -81,9 +81,11 @@ def patch_model(
     layers: dict[nn.Module, list[int]] = {}
     for layer, module in enumerate(encoder.attention):
         layers.setdefault(module, []).append(layer)
+    # A traced pass finds what it needs, and a frozen model holds no lists that it never walks.
+    gradients = encoder.model.training or any(weight.requires_grad for weight in encoder.model.parameters())
     states = {
         module: SparseAttentionState(
-            mask, own, table, backend, encoder.head_dim, encoder.query_of(module).weight, module.training
+            mask, own, table, backend, encoder.head_dim, encoder.query_of(module).weight, gradients
         )
         for module, own in layers.items()
     }

@@ -228,15 +228,21 @@ def test_compiles_as_one_graph_for_any_length(model, backend):
     torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
 
 
-def test_lists_for_gradients_come_with_training_mode(model):
-    """They take as much memory as the others, or several times as much; a traced step finds them there."""
+def test_a_frozen_model_holds_no_lists_for_gradients_until_it_trains(model):
+    """They take as much memory as the others, or several times as much."""
     mask = GlobalMask(MASK.keep)
-    patch_bert(model, mask)
+    patch_bert(model.requires_grad_(False), mask)
     run(model, device_inputs())
     forms = [mask.layout(layer, DEVICE)._lists for layer in range(mask.layers)]
     assert not [form for lists in forms for form in lists if form[1]], "transposed"
-    model.train()
+    model.requires_grad_(True).train()
     assert all([form for form in lists if form[1]] for lists in forms)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_compiled_passes_have_gradients(model, mode):
+    """A traced pass finds its lists, also in evaluation mode, where weights ask for gradients all the same."""
+    patch_bert(getattr(model, mode)(), GlobalMask(MASK.keep))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     compiled(**device_inputs()).last_hidden_state.square().sum().backward()
