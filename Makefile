@@ -32,13 +32,14 @@ $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py MANIFEST.in $(CSRC)
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
 
-# The C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
+# The C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package whose kernels for AMX
+# run on an emulated matrix unit.
 SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined
 sanitize: setup
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r csrc kernels sparse_attn benchmarks tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/sparse_attn/_C*.so
-	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1' LDFLAGS='$(SANITIZERS)' \
+	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -include $(CURDIR)/tests/cpu/emulated_tiles.h' LDFLAGS='$(SANITIZERS)' \
 		$(CURDIR)/$(RUN) setup.py --quiet build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \

@@ -1,6 +1,10 @@
 """The C++ kernels for CPUs: every instruction set, threads, processes."""
 
 import multiprocessing
+import platform
+import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +28,7 @@ def instruction_set(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [64, 40, 3])
+@pytest.mark.parametrize("head_dim", [96, 64, 40, 3])
 def test_every_instruction_set_computes_the_same(instruction_set, dtype, head_dim):
     query, key, value = random_inputs((2, 3, 75, head_dim), dtype, "cpu")
     lengths = torch.tensor([75, 29])
@@ -128,9 +132,25 @@ def test_an_unknown_instruction_set_is_named(monkeypatch):
 
 
 def test_capabilities_name_what_this_processor_has():
-    assert native_cpu.instruction_sets()[-1] == "portable"
+    found = native_cpu.instruction_sets()
+    assert found[-1] == "portable"
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    assert ("avx512" in native_cpu.instruction_sets()) == {"avx512f", "avx512bw", "avx512dq", "avx512vl"}.issubset(
-        flags
-    )
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    assert ("avx512" in found) == (flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+    if "amx" in found:  # a system may have AMX and keep it from a process
+        assert flags >= {"amx_tile", "amx_bf16", "avx512_bf16"}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86-64")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump")
+def test_the_kernels_for_amx_multiply_tiles_in_both_products():
+    """Scores take two products, a tile of 16 keys each; outputs four for 64 dimensions or two for 32."""
+    if "amx_emulated" in native_cpu.instruction_sets():
+        pytest.skip("this build emulates AMX")
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", next(Path(extension.__file__).parent.glob("_C*.so"))]
+    assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert {"ldtilecfg", "tilerelease"} <= set(re.findall(r"\b(?:ldtilecfg|tilerelease)\b", assembly))
+    products = set(re.findall(r"tdpbf16ps %(tmm\d),%(tmm\d),%(tmm\d)", assembly))  # B, A, sum
+    assert products == {("tmm2", "tmm3", "tmm0"), ("tmm2", "tmm4", "tmm1")} | {
+        ("tmm5", "tmm4", f"tmm{tile}") for tile in range(4)
+    }

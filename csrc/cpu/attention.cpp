@@ -36,6 +36,9 @@ std::vector<const Kernels*> usable_kernels() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    if (amx_usable()) {
+      usable.push_back(&AMX_KERNELS);
+    }
     usable.push_back(&AVX512_BF16_KERNELS);
   }
   if (avx512) {

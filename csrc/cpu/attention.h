@@ -88,6 +88,8 @@ extern const Kernels PORTABLE_KERNELS;
 extern const Kernels AVX2_KERNELS;
 extern const Kernels AVX512_KERNELS;
 extern const Kernels AVX512_BF16_KERNELS;
+extern const Kernels AMX_KERNELS;
+bool amx_usable();
 #endif
 
 }  // namespace sparse_attn

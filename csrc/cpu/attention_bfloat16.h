@@ -8,8 +8,6 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-using Halves = uint16_t __attribute__((vector_size(64)));
-
 constexpr int64_t PAIRED_DIMS = 2 * LANES;  // what a register of pairs holds
 
 SPARSE_ATTN_INLINE Floats add_products(Floats sum, int32_t pair, Floats lanes) {
@@ -25,6 +23,38 @@ SPARSE_ATTN_INLINE Words rounded_to_bfloat16(Floats lanes) {
 // Two weights as a pair of bfloat16 in each lane.
 SPARSE_ATTN_INLINE Floats weight_pair(Floats first, Floats second) {
   return reinterpret_cast<Floats>(rounded_to_bfloat16(first) | (rounded_to_bfloat16(second) << 16));
+}
+
+// Rows from `first` on as pairs, transposed to [head_dim / 2][16]; zeros in lanes that are not alive.
+inline void load_pair_lanes(const Head& head, int64_t first, uint32_t alive, float* lanes) {
+  for (int64_t dim = 0; dim < head.head_dim; dim += PAIRED_DIMS) {
+    Floats block[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      block[lane] = alive >> lane & 1 ? load(reinterpret_cast<const float*>(head.at(first + lane, dim))) : splat(0.0f);
+    }
+    transpose(block);
+    for (int i = 0; i < LANES; ++i) {
+      store(lanes + (dim / 2 + i) * LANES, block[i]);
+    }
+  }
+}
+
+// PAIRED_DIMS elements of two rows as pairs of one element from each.
+SPARSE_ATTN_INLINE void interleave(const void* first, const void* second, float* pairs) {
+  using Halves = uint16_t __attribute__((vector_size(64)));
+  Halves a, b;
+  std::memcpy(&a, first, sizeof a);
+  std::memcpy(&b, second, sizeof b);
+  // clang-format off
+  const Halves low = __builtin_shufflevector(
+      a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14,
+      46, 15, 47);
+  const Halves high = __builtin_shufflevector(
+      a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29,
+      61, 30, 62, 31, 63);
+  // clang-format on
+  store(pairs, reinterpret_cast<Floats>(low));
+  store(pairs + LANES, reinterpret_cast<Floats>(high));
 }
 
 SPARSE_ATTN_INLINE int32_t pair_at(const uint16_t* elements) {
@@ -53,19 +83,8 @@ struct BFloat16Products {
         values(head_of(call, call.value, sequence, task.head)) {
   }
 
-  // Rows of pairs, transposed to [dims / 2][16].
   void load_queries(const Head& query, int64_t first_row, uint32_t alive) const {
-    for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
-      Floats block[LANES];
-      for (int lane = 0; lane < LANES; ++lane) {
-        block[lane] =
-            alive >> lane & 1 ? load(reinterpret_cast<const float*>(query.at(first_row + lane, dim))) : splat(0.0f);
-      }
-      transpose(block);
-      for (int i = 0; i < LANES; ++i) {
-        store(lanes + (dim / 2 + i) * LANES, block[i]);
-      }
-    }
+    load_pair_lanes(query, first_row, alive, lanes);
   }
 
   template <class Visit>
@@ -94,89 +113,15 @@ struct BFloat16Products {
     }
   }
 
-  template <class Visit>
-  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, Visit visit) const {
+  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
     const int64_t pairs = (list.count + 1) / 2;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const int64_t first = 2 * pair, second = std::min(first + 1, list.count - 1);
       const Floats second_weight = second > first ? load(weights + second * LANES) : splat(0.0f);
       store(weight_pairs + pair * LANES, weight_pair(load(weights + first * LANES), second_weight));
       for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
-        Halves a, b;
-        std::memcpy(&a, values.at(list.rows[first], dim), sizeof a);
-        std::memcpy(&b, values.at(list.rows[second], dim), sizeof b);
-        const Halves low = __builtin_shufflevector(
-            a,
-            b,
-            0,
-            32,
-            1,
-            33,
-            2,
-            34,
-            3,
-            35,
-            4,
-            36,
-            5,
-            37,
-            6,
-            38,
-            7,
-            39,
-            8,
-            40,
-            9,
-            41,
-            10,
-            42,
-            11,
-            43,
-            12,
-            44,
-            13,
-            45,
-            14,
-            46,
-            15,
-            47);
-        const Halves high = __builtin_shufflevector(
-            a,
-            b,
-            16,
-            48,
-            17,
-            49,
-            18,
-            50,
-            19,
-            51,
-            20,
-            52,
-            21,
-            53,
-            22,
-            54,
-            23,
-            55,
-            24,
-            56,
-            25,
-            57,
-            26,
-            58,
-            27,
-            59,
-            28,
-            60,
-            29,
-            61,
-            30,
-            62,
-            31,
-            63);
-        store(value_pairs + pair * dims + dim, reinterpret_cast<Floats>(low));
-        store(value_pairs + pair * dims + dim + LANES, reinterpret_cast<Floats>(high));
+        interleave(
+            values.at(list.rows[first], dim), values.at(list.rows[second], dim), value_pairs + pair * dims + dim);
       }
     }
     for (int64_t dim = 0; dim < dims; dim += LANES) {
@@ -198,7 +143,7 @@ struct BFloat16Products {
       for (int i = 0; i < LANES; ++i) {
         block[i] = sum[i];
       }
-      visit(dim, block);
+      rows.columns(dim, block);
     }
   }
 };

@@ -4,7 +4,9 @@
 #pragma once
 
 #include "attention_steps.h"
-#if defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
+#if defined(SPARSE_ATTN_TILE_PRODUCTS)
+#include "attention_tiles.h"
+#elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
 #include "attention_bfloat16.h"
 #endif
 
@@ -88,9 +90,10 @@ struct FloatProducts {
   SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
     products(lanes, dims, keys, list, visit);
   }
-  template <class Visit>
-  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, Visit visit) const {
-    weighted_rows(weights, dims, values, list, visit);
+  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
+    weighted_rows(weights, dims, values, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
+      rows.columns(dim, block);
+    });
   }
 };
 
@@ -172,19 +175,19 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
       }
     }
     normaliser = select(alive, normaliser, splat(0.0f));  // padding rows yield zeros
-    products.outputs(scores, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
-      for (int i = 0; i < LANES; ++i) {
-        block[i] *= normaliser;
-      }
-      store_lanes(output, first_row, stored, dim, block);
-    });
+    products.outputs(scores, list, {output, first_row, stored, normaliser});
   }
 }
 
 inline void forward(const Forward& call, const Task& task, const Task& next, float* memory) {
-#if defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
-  if (BFloat16Products::fit(call)) {
-    forward_with<BFloat16Products>(call, task, next, memory);
+#if defined(SPARSE_ATTN_TILE_PRODUCTS)
+  using PairProducts = TileProducts;
+#elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
+  using PairProducts = BFloat16Products;
+#endif
+#if defined(SPARSE_ATTN_TILE_PRODUCTS) || defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
+  if (PairProducts::fit(call)) {
+    forward_with<PairProducts>(call, task, next, memory);
     return;
   }
 #endif

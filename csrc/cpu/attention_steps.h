@@ -150,6 +150,28 @@ SPARSE_ATTN_INLINE void store_lanes(const Head& head, int64_t first, uint32_t st
   }
 }
 
+// Where a group's outputs go: rows from `first` on of a tensor, those whose lane is stored, each times its lane's
+// factor.
+struct OutputRows {
+  const Head& head;
+  int64_t first;
+  uint32_t stored;
+  Floats factors;
+
+  // [LANES dims][LANES].
+  SPARSE_ATTN_INLINE_MEMBER void columns(int64_t dim, Floats* block) const {
+    for (int i = 0; i < LANES; ++i) {
+      block[i] *= factors;
+    }
+    store_lanes(head, first, stored, dim, block);
+  }
+  SPARSE_ATTN_INLINE_MEMBER void row(int lane, int64_t dim, Floats elements) const {
+    if (stored >> lane & 1) {
+      store_dims(head, first + lane, dim, elements * factors[lane]);
+    }
+  }
+};
+
 // Bits of those of `count` numbers, counted from `first`, that lie in [begin, end).
 SPARSE_ATTN_INLINE uint32_t bits_between(int64_t first, int count, int64_t begin, int64_t end) {
   const int64_t low = std::clamp<int64_t>(begin - first, 0, count), high = std::clamp<int64_t>(end - first, 0, count);
