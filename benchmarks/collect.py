@@ -28,7 +28,7 @@ from sparse_attn.squad.reading import read_squad
 from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
 
 from .device import circumstances, pick_device, synchronize
-from .measure import peak_memory, reset_peak_memory
+from .measure import peak_memory
 from .options import OneLineParser, at_least, chosen, file_to_write, names
 from .pages import Table, complete_files
 from .squad.checkpoints import load_model, load_tokenizer, packaged_model
@@ -182,10 +182,7 @@ def _in_own_process(name: str, kind: str, way: str, options: Namespace, device: 
 def memory_of(name: str, kind: str, way: str, options: Namespace, device: torch.device) -> int:
     """Peak memory of one way in bytes, the model included; on a CPU also Python and its libraries."""
     batches, model = make_batches(kind, options.data, options.windows, options.batch_size), load(name, device)
-    reset_peak_memory(device)
-    WAYS[way](model, batches)
-    synchronize(device)
-    return peak_memory(device)
+    return peak_memory(lambda: WAYS[way](model, batches), device)
 
 
 def table(results: dict[str, Any]) -> Table:

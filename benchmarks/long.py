@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from .device import circumstances, pick_device, synchronize
+from .device import circumstances, pick_device
 from .long_variants import Document, Variant, Wrong, check, inputs_of, make, variants_on
-from .measure import peak_memory, reset_peak_memory
+from .measure import peak_memory
 from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, names, positive
 from .pages import ABSENT, Table, complete_files
 from .timing import make_timer, percentiles, time_in_turns
@@ -119,10 +119,7 @@ def memory_of(document: Document, variant: Variant) -> int:
     """Peak memory of one pass in bytes, the model included; on a CPU also Python and its libraries."""
     device = torch.device(document.device_type)
     forward, inputs = make(document, variant), inputs_of(document)
-    reset_peak_memory(device)
-    forward(inputs)
-    synchronize(device)
-    return peak_memory(device)
+    return peak_memory(lambda: forward(inputs), device)
 
 
 def table(results: dict[str, Any]) -> Table:

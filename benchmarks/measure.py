@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -54,14 +56,17 @@ def _timed(run_pass: Callable[[], Result], device: torch.device) -> tuple[float,
     return time.perf_counter() - start, result
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Forgets the allocator's peak on a GPU. Not every system lets a process do so: on a CPU it stays."""
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes held at most while `run` runs, with what was held before: by torch's allocator on a GPU; resident in this
+    process on a CPU, where malloc meanwhile keeps nothing large that was freed.
+
+    Not every system lets a process forget an earlier peak: on a CPU nothing larger should have run before.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the peak of torch's allocator on a GPU, the peak resident size of this process on a CPU."""
+    with _freed_memory_returned():
+        run()
+        synchronize(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux carries ru_maxrss over from the parent that started this process; VmHWM is this process's own.
@@ -70,6 +75,25 @@ def peak_memory(device: torch.device) -> int:
         return own
     kilobytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
+
+
+@contextmanager
+def _freed_memory_returned() -> Iterator[None]:
+    """glibc's malloc hands large blocks back to the system as they are freed. Left alone it learns to keep those of up
+    to 32 MB, in holes that do not fit the next ones: the same passes then peak hundreds of megabytes apart."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3
+    large = 2**17  # glibc's defaults
+    mallopt(mmap_threshold, large)
+    mallopt(trim_threshold, large)
+    try:
+        yield
+    finally:  # where malloc would have got to by itself
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
 
 
 def current_memory(device: torch.device) -> int | None:

@@ -22,6 +22,7 @@ from .attention_table import goal_lines, measured_lines, summary_lines
 from .device import ROOT
 from .pages import between_markers, table_lines
 from .pass_goals import collection_goals, long_goals, squad_goals
+from .squad.summary import has_baseline
 from .squad.summary import heading as squad_heading
 from .squad.summary import summary_lines as squad_summary_lines
 from .squad.table import measured_lines as squad_lines
@@ -36,9 +37,12 @@ NO_GPU = "No GPU has been measured yet."
 
 
 def squad_summary(folder: Path) -> str:
-    """Markdown of every SQuAD result below `folder`, a short table each, and of the published figures."""
+    """Markdown of every SQuAD result below `folder` with the baseline, a short table each, and of the published
+    figures."""
     lines = []
     for path, results in read_results(folder, "squad"):
+        if not has_baseline(results):
+            continue
         lines += [f"{squad_heading(results)} ({results['device']}):", "", *squad_summary_lines(results), ""]
         lines += [f"File: [{_name(path, folder)}]({_name(path, folder)})", ""]
     return "\n".join([*lines, *published_lines()])

@@ -45,9 +45,10 @@ def summary(setting: Setting, models: Mapping[str | None, Models], outcome: Outc
         "random_weights": setting.random_weights,
         "averages_from": setting.averages_from,
         "peak_memory": (
-            "peak of torch's allocator"
+            "peak of torch's allocator in the largest batch"
             if setting.device.type == "cuda"
-            else "peak resident size of each row's own process, libraries included"
+            else "peak resident size of each row's own process in its largest batch, libraries included, freed memory "
+            "handed back"
         ),
         "energy": _energy_source(setting, outcome),
         "checkpoints": {

@@ -27,7 +27,15 @@ def fastest_peer(results: dict[str, Any]) -> Row | None:
 
 
 def heading(results: dict[str, Any]) -> str:
-    return f"{results['model']}, {results['data']['name']}, {results['arguments']['dtype']}"
+    """Model, data and dtype, and where probabilities are rounded to other levels than the published ones, to which."""
+    tables = dict.fromkeys(row.get("table") for row in results["rows"])
+    levels = [f"{table} levels" for table in tables if table not in (None, "published")]
+    return ", ".join([results["model"], results["data"]["name"], results["arguments"]["dtype"], *levels])
+
+
+def has_baseline(results: dict[str, Any]) -> bool:
+    """Whether the published baseline is among the rows, which the README's short tables begin with."""
+    return any(row["variant"] == "eager-padded" for row in results["rows"])
 
 
 def summary_lines(results: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from sparse_attn.integrations.models import encoder_of
 from sparse_attn.progress import progress
 
 from ..attention_variants import Absent
-from ..measure import current_memory, peak_memory, reset_peak_memory, timed_passes
+from ..measure import current_memory, peak_memory, timed_passes
 from .feeding import Feed, Inputs, blocks_feed, packed_feed, padded_feed
 from .peers import use_flash, use_flex, use_packed
 from .shapes import SHAPES, build_shape
@@ -72,9 +73,9 @@ class Measured:
 
     Attributes:
         seconds: of each timed pass over all windows: batching, transfer, model, logits back.
-        warm_up_seconds: of the pass before them, which compiles and allocates.
+        warm_up_seconds: of the pass before them.
         joules: that a pass took; None where no driver tells.
-        peak_memory_bytes: allocator peak of the passes (GPU), or peak resident size of this process (CPU).
+        peak_memory_bytes: of the batch with most tokens, `peak_memory` of it.
         loaded_memory_bytes: held by the model before the first pass (GPU), or resident by then (CPU).
         processed_tokens: of a pass, with the padding that the model works on.
         kernel: which function computes a peer's attention, where the variant's name leaves it open.
@@ -100,14 +101,21 @@ def measure(job: Job) -> tuple[Measured, dict[str, torch.Tensor]]:
     forward = torch.compile(model, dynamic=True) if job.compiled and job.attention != "sparse" else model
     ticks = progress(range((1 + job.repeats) * len(inputs.batches)), job.label)
     loaded = current_memory(device)
-    reset_peak_memory(device)
+    processed = partial(_processed_tokens, job, inputs, feed)
+    largest = sorted(inputs.batches, key=processed)[-1:]  # none where other processes have all batches
+    peak = peak_memory(_pass_over(forward, largest, feed), device)
     timed = timed_passes(_pass_over(forward, inputs.batches, feed, ticks), device, job.repeats)
-    peak = peak_memory(device)
     next(ticks, None)  # closes the bar
     start, end = inputs.restored(timed.result)
-    unpadded = job.padding == "none"
-    processed = int(inputs.windows.lengths.sum()) if unpadded else sum(_places(feed(one)) for one in inputs.batches)
-    figures = (timed.seconds, timed.warm_up_seconds, timed.joules, peak, loaded, processed, kernel)
+    figures = (
+        timed.seconds,
+        timed.warm_up_seconds,
+        timed.joules,
+        peak,
+        loaded,
+        sum(map(processed, inputs.batches)),
+        kernel,
+    )
     return Measured(*figures), {"start": start.contiguous(), "end": end.contiguous()}
 
 
@@ -157,11 +165,15 @@ def _feed(job: Job, inputs: Inputs, model: PreTrainedModel, device: torch.device
     return padded_feed(inputs, device, job.max_length if job.padding == "max" else None)
 
 
-def _places(batch: dict) -> int:
-    return batch["input_ids"].numel()
+def _processed_tokens(job: Job, inputs: Inputs, feed: Feed, batch: list[int]) -> int:
+    """Those that the model works on, the padding that it sees included."""
+    unpadded = job.padding == "none"
+    return int(inputs.windows.lengths[batch].sum()) if unpadded else feed(batch)["input_ids"].numel()
 
 
-def _pass_over(model, batches: list[list[int]], feed: Feed, ticks: Iterator[int]) -> Callable[[], list[torch.Tensor]]:
+def _pass_over(
+    model, batches: list[list[int]], feed: Feed, ticks: Iterator[int] | None = None
+) -> Callable[[], list[torch.Tensor]]:
     """A pass over all batches; it returns the start and end logits of each, float32 [2, rows, length] on the host."""
 
     @torch.no_grad()  # nested tensors do not work in inference mode
@@ -170,7 +182,8 @@ def _pass_over(model, batches: list[list[int]], feed: Feed, ticks: Iterator[int]
         for indices in batches:
             outputs = model(**feed(indices))
             logits.append(torch.stack((outputs.start_logits, outputs.end_logits)).float())
-            next(ticks)
+            if ticks is not None:
+                next(ticks)
         return [one.cpu() for one in logits]
 
     return run_pass

@@ -1,7 +1,7 @@
 """Goals for whole passes, on made-up results."""
 
 from benchmarks.pass_goals import collection_goals, long_goals, squad_goals
-from benchmarks.squad.summary import summary_lines
+from benchmarks.squad.summary import heading, summary_lines
 
 
 def row(variant, seconds, memory=1.0, mask=None, bits=None, f1=None, granularity=None):
@@ -73,3 +73,11 @@ def test_the_summary_shows_the_baseline_the_fastest_peer_and_ours():
         "eager-padded", "sdpa-unpadded", "sparse-padded", "sparse-unpadded",
     ]  # fmt: skip
     assert lines[-1].endswith("| 4.00x | 1.10x |") and "90% element" not in lines[2]
+
+
+def test_a_heading_tells_runs_with_other_levels_apart():
+    measured = {**results(TIMES), "data": {"name": "x"}}
+    measured["arguments"] = {"dtype": "float32"}
+    assert heading(measured) == "bert-base-shape, x, float32"
+    measured["rows"] = [*TIMES, {**TIMES[-1], "bits": 3, "table": "calibrated"}]
+    assert heading(measured) == "bert-base-shape, x, float32, calibrated levels"
