@@ -71,8 +71,15 @@ def _pass_goals(results: Results, own: Row) -> Iterator[Reached]:
     if eager is not None:
         share = own["peak_memory_bytes"] / eager["peak_memory_bytes"]
         goal = _MEMORY[device]
-        figure = f"{math.ceil(round(share * 100, 6))}%"
+        figure = _percent(share)
+        if own.get("loaded_memory_bytes") and eager.get("loaded_memory_bytes"):
+            beyond, eager_beyond = (row["peak_memory_bytes"] - row["loaded_memory_bytes"] for row in (own, eager))
+            figure += f" ({_percent(beyond / eager_beyond)} beyond the loaded model)"
         yield Reached(f"peak memory of {_named(own)}, of eager-padded's", f"at most {goal:.0%}", figure, share <= goal)
+
+
+def _percent(share: float) -> str:
+    return f"{math.ceil(round(share * 100, 6))}%"
 
 
 def _accuracy_goals(results: Results, own: Sequence[Row]) -> Iterator[Reached]:

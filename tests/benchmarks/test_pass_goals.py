@@ -29,6 +29,8 @@ def test_a_pass_is_compared_with_each_peer_and_its_memory_with_eager():
     assert (memory.figure, memory.goal, memory.met) == ("61%", "at most 60%", False)
     assert "sparse-unpadded" in memory.what
     assert list(squad_goals(results(TIMES[:3]))) == []
+    *_, memory = squad_goals(results([{**one, "loaded_memory_bytes": 1e9} for one in TIMES]))
+    assert memory.figure == "61% (21% beyond the loaded model)"
 
 
 def test_on_a_gpu_the_best_peer_counts():
