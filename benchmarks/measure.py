@@ -64,11 +64,11 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with _freed_memory_returned():
         run()
         synchronize(device)
-    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with _freed_memory_returned():
+        run()
     # Linux carries ru_maxrss over from the parent that started this process; VmHWM is this process's own.
     own = _process_status("VmHWM")
     if own is not None:

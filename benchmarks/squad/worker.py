@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,7 +74,7 @@ class Measured:
         seconds: of each timed pass over all windows: batching, transfer, model, logits back.
         warm_up_seconds: of the pass before them.
         joules: that a pass took; None where no driver tells.
-        peak_memory_bytes: of the batch with most tokens, `peak_memory` of it.
+        peak_memory_bytes: `measure.peak_memory` of the batch with most tokens.
         loaded_memory_bytes: held by the model before the first pass (GPU), or resident by then (CPU).
         processed_tokens: of a pass, with the padding that the model works on.
         kernel: which function computes a peer's attention, where the variant's name leaves it open.
@@ -99,24 +98,24 @@ def measure(job: Job) -> tuple[Measured, dict[str, torch.Tensor]]:
     model, kernel = _prepared(job, _loaded(job).to(device))
     feed = _feed(job, inputs, model, device)
     forward = torch.compile(model, dynamic=True) if job.compiled and job.attention != "sparse" else model
-    ticks = progress(range((1 + job.repeats) * len(inputs.batches)), job.label)
+    tokens = [_processed_tokens(job, inputs, feed, batch) for batch in inputs.batches]
+    largest = [inputs.batches[tokens.index(max(tokens))]] if tokens else []  # none: other processes have all batches
+    ticks = progress(range(len(largest) + (1 + job.repeats) * len(inputs.batches)), job.label)
     loaded = current_memory(device)
-    processed = partial(_processed_tokens, job, inputs, feed)
-    largest = sorted(inputs.batches, key=processed)[-1:]  # none where other processes have all batches
-    peak = peak_memory(_pass_over(forward, largest, feed), device)
+    peak = peak_memory(_pass_over(forward, largest, feed, ticks), device)
     timed = timed_passes(_pass_over(forward, inputs.batches, feed, ticks), device, job.repeats)
     next(ticks, None)  # closes the bar
     start, end = inputs.restored(timed.result)
-    figures = (
-        timed.seconds,
-        timed.warm_up_seconds,
-        timed.joules,
-        peak,
-        loaded,
-        sum(map(processed, inputs.batches)),
-        kernel,
+    measured = Measured(
+        seconds=timed.seconds,
+        warm_up_seconds=timed.warm_up_seconds,
+        joules=timed.joules,
+        peak_memory_bytes=peak,
+        loaded_memory_bytes=loaded,
+        processed_tokens=sum(tokens),
+        kernel=kernel,
     )
-    return Measured(*figures), {"start": start.contiguous(), "end": end.contiguous()}
+    return measured, {"start": start.contiguous(), "end": end.contiguous()}
 
 
 def _loaded(job: Job) -> PreTrainedModel:
@@ -171,9 +170,7 @@ def _processed_tokens(job: Job, inputs: Inputs, feed: Feed, batch: list[int]) ->
     return int(inputs.windows.lengths[batch].sum()) if unpadded else feed(batch)["input_ids"].numel()
 
 
-def _pass_over(
-    model, batches: list[list[int]], feed: Feed, ticks: Iterator[int] | None = None
-) -> Callable[[], list[torch.Tensor]]:
+def _pass_over(model, batches: list[list[int]], feed: Feed, ticks: Iterator[int]) -> Callable[[], list[torch.Tensor]]:
     """A pass over all batches; it returns the start and end logits of each, float32 [2, rows, length] on the host."""
 
     @torch.no_grad()  # nested tensors do not work in inference mode
@@ -182,8 +179,7 @@ def _pass_over(
         for indices in batches:
             outputs = model(**feed(indices))
             logits.append(torch.stack((outputs.start_logits, outputs.end_logits)).float())
-            if ticks is not None:
-                next(ticks)
+            next(ticks)
         return [one.cpu() for one in logits]
 
     return run_pass
