@@ -3,14 +3,8 @@
 
 #include <immintrin.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <utility>
-
 #include "attention.h"
+#include "instructions.h"
 #if !defined(SPARSE_ATTN_TILE_UNIT)  // a test brings its own
 #include "tile_unit.h"
 #endif
@@ -28,13 +22,7 @@ bool amx_usable() {
 #define SPARSE_ATTN_ISA amx
 #define SPARSE_ATTN_TILE_PRODUCTS
 #define SPARSE_ATTN_LANES 16
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
-#endif
+SPARSE_ATTN_INSTRUCTIONS_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #include "attention_kernels.h"
 
 namespace sparse_attn {
@@ -43,10 +31,6 @@ const Kernels AMX_KERNELS = {
     tile_unit::KERNELS_NAME, amx::Workspace::floats, amx::forward, amx::backward_query, amx::backward_key_value};
 
 }  // namespace sparse_attn
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+SPARSE_ATTN_INSTRUCTIONS_END
 
 #endif

@@ -1,23 +1,12 @@
 // The kernels for processors with AVX-512 (Skylake-SP, Zen 4 and later).
 #if defined(__x86_64__)
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-
 #include "attention.h"
+#include "instructions.h"
 
 #define SPARSE_ATTN_ISA avx512
 #define SPARSE_ATTN_LANES 16
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#endif
+SPARSE_ATTN_INSTRUCTIONS_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #include "attention_kernels.h"
 
 namespace sparse_attn {
@@ -26,10 +15,6 @@ const Kernels AVX512_KERNELS = {
     "avx512", avx512::Workspace::floats, avx512::forward, avx512::backward_query, avx512::backward_key_value};
 
 }  // namespace sparse_attn
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+SPARSE_ATTN_INSTRUCTIONS_END
 
 #endif
