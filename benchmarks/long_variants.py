@@ -47,13 +47,14 @@ class Document:
 @dataclass(frozen=True)
 class Variant:
     """An encoder: its attention, its mask ("dense", "element" or "tile"), the bits that probabilities are rounded to,
-    and whether its layers are compiled."""
+    whether its layers are compiled, and `patch_bert`'s `onednn`."""
 
     name: str
     attention: str
     mask: str = "dense"
     bits: int | None = None
     compiled: bool = False
+    onednn: bool | None = None
 
     @property
     def label(self) -> str:
@@ -62,7 +63,7 @@ class Variant:
 
 
 def variants_on(device: torch.device) -> list[Variant]:
-    """Those worth measuring on a device: compiling gains little on a CPU."""
+    """Those worth measuring on a device: compiling gains little on a CPU, where there is oneDNN to tell apart."""
     variants = [
         Variant("eager", "eager"),
         Variant("sdpa", "sdpa"),
@@ -76,6 +77,8 @@ def variants_on(device: torch.device) -> list[Variant]:
             Variant("sparse-compiled", "sdpa", "element", compiled=True),
             Variant("sparse-compiled", "sdpa", "tile", compiled=True),
         ]
+    else:
+        variants.append(Variant("sparse-plain", "sdpa", "tile", onednn=False))
     return variants
 
 
@@ -89,7 +92,8 @@ def make(document: Document, variant: Variant, mask_length: int | None = None) -
     by default the document's."""
     model = _model(document, variant.attention)
     if variant.mask != "dense":
-        patch_bert(model, _mask(document, variant.mask, mask_length or document.length), variant.bits)
+        mask = _mask(document, variant.mask, mask_length or document.length)
+        patch_bert(model, mask, variant.bits, onednn=variant.onednn)
     if variant.compiled:
         for layer in model.encoder.layer:
             layer.compile(dynamic=False)

@@ -151,6 +151,7 @@ class _Bench:
             attention=variant.attention,
             padding=variant.padding,
             compiled=variant.compiled,
+            onednn=variant.onednn,
             mask=None if mask is None else str(self.folder / "mask.safetensors"),
             bits=variant.bits,
             table=self._table(variant),

@@ -23,6 +23,7 @@ class Variant:
         sparsity: of the global mask; None for the one of --sparsity or --mask.
         bits: width of the probability quantiser; None = off.
         own_weights: whether weights trained with the mask are used, if there are any.
+        onednn: `patch_model`'s.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Variant:
     sparsity: float | None = None
     bits: int | None = None
     own_weights: bool = True
+    onednn: bool | None = None
 
     @property
     def masked(self) -> bool:
@@ -65,6 +67,7 @@ OURS = (
     Variant("sparse-padded", "sparse", "max"),
     Variant("sparse-sorted", "sparse", "longest"),
     Variant("sparse-unpadded", "sparse", "none"),
+    Variant("sparse-unpadded-plain", "sparse", "none", onednn=False),
     Variant("sparse-compiled", "sparse", "none", compiled=True),
 )
 SWEPT = OURS[2]

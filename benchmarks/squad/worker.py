@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from sparse_attn import GlobalMask, QuantizationTable, patch_model
 from sparse_attn.integrations.models import encoder_of
+from sparse_attn.integrations.packing import recurring_rows
 from sparse_attn.progress import progress
 
 from ..attention_variants import Absent
@@ -37,7 +38,7 @@ class Job:
     Attributes:
         label: text of the progress bar.
         checkpoint: folder or hub name of the model, or the name of a shape.
-        attention, padding, compiled, bits: of the `Variant`.
+        attention, padding, compiled, onednn, bits: of the `Variant`.
         mask: file of a global mask, or None.
         table: threshold and levels of the quantiser's table; None for the published one.
         dtype: name of a torch dtype.
@@ -54,6 +55,7 @@ class Job:
     attention: str
     padding: str
     compiled: bool
+    onednn: bool | None
     mask: str | None
     bits: int | None
     table: list | None
@@ -102,7 +104,7 @@ def measure(job: Job) -> tuple[Measured, dict[str, torch.Tensor]]:
     largest = [inputs.batches[tokens.index(max(tokens))]] if tokens else []  # none: other processes have all batches
     ticks = progress(range(len(largest) + (1 + job.repeats) * len(inputs.batches)), job.label)
     loaded = current_memory(device)
-    peak = peak_memory(_pass_over(forward, largest, feed, ticks), device)
+    peak = max(peak_memory(_pass_over(forward, largest, feed, ticks), device), loaded or 0)  # Linux counts in batches
     timed = timed_passes(_pass_over(forward, inputs.batches, feed, ticks), device, job.repeats)
     next(ticks, None)  # closes the bar
     start, end = inputs.restored(timed.result)
@@ -142,7 +144,7 @@ def _prepared(job: Job, model: PreTrainedModel) -> tuple[PreTrainedModel, str | 
         return model, use_flex(model, GlobalMask.load(job.mask))
     if job.attention == "sparse":
         bits = job.bits if job.table is None else QuantizationTable(job.table[0], tuple(job.table[1]))
-        patch_model(model, GlobalMask.load(job.mask), bits, unpad=job.padding == "none")
+        patch_model(model, GlobalMask.load(job.mask), bits, unpad=job.padding == "none", onednn=job.onednn)
         if job.compiled:  # layer by layer: what drops padding between them has shapes that depend on the data
             for layer in _layers(model):
                 layer.compile(dynamic=True)
@@ -166,8 +168,10 @@ def _feed(job: Job, inputs: Inputs, model: PreTrainedModel, device: torch.device
 
 def _processed_tokens(job: Job, inputs: Inputs, feed: Feed, batch: list[int]) -> int:
     """Those that the model works on, the padding that it sees included."""
-    unpadded = job.padding == "none"
-    return int(inputs.windows.lengths[batch].sum()) if unpadded else feed(batch)["input_ids"].numel()
+    if job.padding != "none":
+        return feed(batch)["input_ids"].numel()
+    tokens = int(inputs.windows.lengths[batch].sum())
+    return recurring_rows(tokens) if job.attention == "sparse" and job.device == "cpu" else tokens
 
 
 def _pass_over(model, batches: list[list[int]], feed: Feed, ticks: Iterator[int]) -> Callable[[], list[torch.Tensor]]:

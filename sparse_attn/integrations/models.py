@@ -21,6 +21,7 @@ class Family:
         stack: class of the module that runs the layers one after the other.
         query: name of an attention module's query projection.
         heads: name of its number of heads.
+        feed_forward: names of a feed-forward block's first linear layer and of the activation that follows it.
         shared: class of the module that is called once for each layer, where layers share their weights.
     """
 
@@ -29,6 +30,7 @@ class Family:
     stack: str
     query: str = "query"
     heads: str = "num_attention_heads"
+    feed_forward: tuple[str, str] = ("dense", "intermediate_act_fn")
     shared: str | None = None
 
 
@@ -39,8 +41,17 @@ FAMILIES = (
     Family("XLM-RoBERTa", "XLMRobertaSelfAttention", "XLMRobertaEncoder"),
     Family("CamemBERT", "CamembertSelfAttention", "CamembertEncoder"),
     Family("ELECTRA", "ElectraSelfAttention", "ElectraEncoder"),
-    Family("DistilBERT", "DistilBertSelfAttention", "Transformer", query="q_lin", heads="n_heads"),
-    Family("ALBERT", "AlbertAttention", "AlbertTransformer", shared="AlbertLayerGroup"),
+    Family(
+        "DistilBERT",
+        "DistilBertSelfAttention",
+        "Transformer",
+        query="q_lin",
+        heads="n_heads",
+        feed_forward=("lin1", "activation"),
+    ),
+    Family(
+        "ALBERT", "AlbertAttention", "AlbertTransformer", feed_forward=("ffn", "activation"), shared="AlbertLayerGroup"
+    ),
 )
 BERT = FAMILIES[0]
 

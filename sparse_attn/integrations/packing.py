@@ -14,7 +14,9 @@ class Packing:
 
     Attributes:
         batch, length: of the padded batch.
-        places: int64 [tokens], places of the real tokens among batch * length, in order.
+        tokens: how many are real.
+        places: int64 [rows], places of the real tokens among batch * length, in order. Packed tensors may have rows
+            beyond them, for numbers of rows that recur; these repeat the last token and mean nothing.
         cu_seqlens: int32 [batch + 1], cumulative numbers of real tokens.
         longest: the greatest of them.
         padding: bool [batch, length], true = real, where padding is elsewhere than at the end; None otherwise. There a
@@ -23,6 +25,7 @@ class Packing:
 
     batch: int
     length: int
+    tokens: int
     places: Tensor
     cu_seqlens: Tensor
     longest: int
@@ -39,18 +42,37 @@ class Packing:
         if tokens in (0, batch * length):
             return None
         places = real.flatten().nonzero()[:, 0]
+        if real.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            places = torch.cat((places, places[-1:].expand(recurring_rows(tokens) - tokens)))
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(batch, length, places, cu_seqlens, longest, None if right else real)
+        return cls(batch, length, tokens, places, cu_seqlens, longest, None if right else real)
 
     @property
-    def tokens(self) -> int:
+    def rows(self) -> int:
         return self.places.shape[0]
 
     def packed(self, padded: Tensor) -> Tensor:
-        """[batch, length, ...] -> [tokens, ...]"""
+        """[batch, length, ...] -> [rows, ...]"""
         return padded.flatten(0, 1).index_select(0, self.places)
 
     def padded(self, packed: Tensor) -> Tensor:
-        """[tokens, ...] -> [batch, length, ...], zeros where padding is."""
+        """[tokens or rows, ...] -> [batch, length, ...], zeros where padding is."""
         zeros = packed.new_zeros(self.batch * self.length, *packed.shape[1:])
-        return zeros.index_copy(0, self.places, packed).unflatten(0, (self.batch, self.length))
+        placed = zeros.index_copy(0, self.places[: self.tokens], packed[: self.tokens])
+        return placed.unflatten(0, (self.batch, self.length))
+
+    def with_all_rows(self, packed: Tensor) -> Tensor:
+        """[tokens, ...] -> [rows, ...], zeros beyond the tokens."""
+        if self.rows == self.tokens:
+            return packed
+        return torch.cat((packed, packed.new_zeros(self.rows - self.tokens, *packed.shape[1:])))
+
+
+def recurring_rows(tokens: int) -> int:
+    """The least number of rows that holds so many tokens and is one of 32 between two powers of 2.
+
+    On a CPU oneDNN compiles a kernel for every number of rows that it meets and keeps it, which takes a millisecond
+    and half a megabyte each. Batches without padding would hardly ever have the same number twice.
+    """
+    unit = max(1, 1 << tokens.bit_length() >> 6)
+    return -(-tokens // unit) * unit

@@ -131,10 +131,12 @@ def sparse_attention_forward(
         _check_mask(attention_mask)
         return _padded(query, key, value, attention_mask, layout, call, state.backend, wanted)
     packing = attention_mask
-    tokens = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [tokens, heads, head_dim]
+    # [tokens, heads, head_dim]
+    tokens = [tensor[0].transpose(0, 1)[: packing.tokens] for tensor in (query, key, value)]
     if packing.padding is None and not wanted:
         packed = dict(cu_seqlens=packing.cu_seqlens, max_length=packing.longest)
-        return sparse_attention(*tokens, layout, backend=state.backend, **packed, **call).unsqueeze(0), None
+        output = sparse_attention(*tokens, layout, backend=state.backend, **packed, **call)
+        return packing.with_all_rows(output).unsqueeze(0), None
     padded = [packing.padded(tensor).transpose(1, 2) for tensor in tokens]
     real = packing.padding
     if real is None:

@@ -1,8 +1,8 @@
 """Drop-in sparse attention for transformers' encoders: `patch_bert`, `patch_model`, `unpatch`, `patched`.
 
-It goes through transformers' attention registries, so no forward method is replaced: one attention function for all
-patched models, and one mask function that hands it the two-dimensional padding mask. What a layer needs hangs on its
-attention module; padding is dropped by hooks.
+Attention goes through transformers' registries: one attention function for all patched models, and one mask function
+that hands it the two-dimensional padding mask. What a layer needs hangs on its attention module; padding is dropped by
+hooks. On a CPU the linear layers get forward methods of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..masks import GlobalMask
 from ..quantization import QuantizationTable, as_table
 from .models import BERT, Encoder, encoder_of, own_config, set_attention_implementation
+from .onednn import onednn_mode, remove_onednn, set_onednn
 from .routing import ATTENTION_NAME, STATE, SparseAttentionState, number_shared_layers
 from .unpadding import remove_unpadding, set_unpadding, unpadding_mode
 
@@ -32,6 +33,7 @@ def patch_bert(
     *,
     backend: str = "auto",
     unpad: bool | None = None,
+    onednn: bool | None = None,
 ) -> PreTrainedModel:
     """Makes a BERT's self-attention compute only what a global mask keeps, in place.
 
@@ -55,12 +57,13 @@ def patch_bert(
 
     Raises:
         TypeError: the model is not a BERT.
-        ValueError: the mask has other layers or heads than the model, or is not square; bits or backend are wrong.
+        ValueError: the mask has other layers or heads than the model, or is not square; bits or backend are wrong;
+            onednn is True and torch is built without.
     """
     family = encoder_of(model).family
     if family is not BERT:
         raise TypeError(f"{type(model).__name__} is a {family.name}, not a BERT; patch_model patches it")
-    return patch_model(model, mask, bits, backend=backend, unpad=unpad)
+    return patch_model(model, mask, bits, backend=backend, unpad=unpad, onednn=onednn)
 
 
 def patch_model(
@@ -70,6 +73,7 @@ def patch_model(
     *,
     backend: str = "auto",
     unpad: bool | None = None,
+    onednn: bool | None = None,
 ) -> Model:
     """`patch_bert` for BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT and ALBERT with any head, and for a
     module around one of them, such as a SentenceTransformer. Arguments, results and errors are those of `patch_bert`;
@@ -92,7 +96,7 @@ def patch_model(
     previous = encoder.model.config._attn_implementation
     if is_patched(model):
         previous = _state(encoder).previous_implementation
-        _remove_hooks(encoder)
+        _remove_routes(encoder)
     else:
         own_config(encoder.model)
     for module, state in states.items():
@@ -101,6 +105,7 @@ def patch_model(
     set_attention_implementation(encoder.model, ATTENTION_NAME)
     # In this order: layers are numbered in what has no padding.
     set_unpadding(encoder, unpad)
+    set_onednn(encoder, onednn)
     _state(encoder).handles = number_shared_layers(encoder)
     return model
 
@@ -111,7 +116,7 @@ def unpatch(model: Model) -> Model:
         raise ValueError(f"{type(model).__name__} is not patched; patch_bert(model, mask) patches it")
     encoder = encoder_of(model)
     previous = _state(encoder).previous_implementation
-    _remove_hooks(encoder)
+    _remove_routes(encoder)
     for module in dict.fromkeys(encoder.attention):
         delattr(module, STATE)
     set_attention_implementation(encoder.model, previous)
@@ -131,30 +136,32 @@ def patched(
     *,
     backend: str = "auto",
     unpad: bool | None = None,
+    onednn: bool | None = None,
 ) -> Iterator[Model]:
     """`with patched(model, mask, bits): ...` patches for the block; afterwards the model is as it was before."""
     before = None
     if is_patched(model):
         encoder = encoder_of(model)
         state = _state(encoder)
-        before = state.mask, state.table, state.backend, unpadding_mode(encoder)
-    patch_model(model, mask, bits, backend=backend, unpad=unpad)
+        before = state.mask, state.table, state.backend, unpadding_mode(encoder), onednn_mode(encoder)
+    patch_model(model, mask, bits, backend=backend, unpad=unpad, onednn=onednn)
     try:
         yield model
     finally:
         if before is None:
             unpatch(model)
         else:
-            mask, table, backend, unpad = before
-            patch_model(model, mask, table, backend=backend, unpad=unpad)
+            mask, table, backend, unpad, onednn = before
+            patch_model(model, mask, table, backend=backend, unpad=unpad, onednn=onednn)
 
 
 def _state(encoder: Encoder) -> SparseAttentionState:
     return getattr(encoder.attention[0], STATE)
 
 
-def _remove_hooks(encoder: Encoder) -> None:
+def _remove_routes(encoder: Encoder) -> None:
     remove_unpadding(encoder)
+    remove_onednn(encoder)
     for handle in _state(encoder).handles:
         handle.remove()
 

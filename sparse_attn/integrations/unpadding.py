@@ -98,7 +98,7 @@ def _restore_hidden_states(model: nn.Module, args: tuple, kwargs: dict[str, Any]
     def restored(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(restored(item) for item in value)
-        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, packing.tokens):
+        if isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, packing.rows):
             return packing.padded(value[0])
         return value
 

@@ -8,12 +8,13 @@ from transformers import BertForQuestionAnswering, BertLMHeadModel, BertModel
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from sparse_attn import GlobalMask, patch_bert, patched, unpatch
-from sparse_attn.integrations.packing import Packing
+from sparse_attn.integrations.packing import Packing, recurring_rows
 from tests.helpers import DEVICE
 from tests.integrations.conftest import padded_inputs, small_config
 
 MASK = GlobalMask.random(2, 2, 32, sparsity=0.6)
 SIDES = ["right", "left", "holes"]
+ROUNDED_UP = (31, 31, 31, 31, 6)  # lengths whose sum, 130, becomes 132 rows on a CPU
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def model(model):
     return model.to(DEVICE)
 
 
-def inputs_of(side: str) -> dict[str, torch.Tensor]:
-    inputs = padded_inputs(side="left" if side == "left" else "right")
+def inputs_of(side: str, lengths: tuple[int, ...] = (20, 13, 1)) -> dict[str, torch.Tensor]:
+    inputs = padded_inputs(lengths, "left" if side == "left" else "right")
     if side == "holes":
         inputs["attention_mask"][0, 3:9] = inputs["attention_mask"][1, 0] = 0
     return {name: value.to(DEVICE) for name, value in inputs.items()}
@@ -51,9 +52,10 @@ def test_equals_the_padded_model(model, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("lengths", [(20, 13, 1), ROUNDED_UP])
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_hidden_states_and_attentions(model, side, return_dict):
-    inputs = inputs_of(side)
+def test_hidden_states_and_attentions(model, side, lengths, return_dict):
+    inputs = inputs_of(side, lengths)
     wanted = dict(output_hidden_states=True, output_attentions=True, return_dict=return_dict)
     padded, packed = both(model, inputs, **wanted)
     if return_dict:
@@ -191,3 +193,21 @@ def test_packing_there_and_back():
     assert torch.equal(packing.padded(packing.packed(padded)), padded * real[..., None])
     assert Packing.of(real.flip(1)).padding is not None
     assert Packing.of(torch.ones_like(real)) is None and Packing.of(torch.zeros_like(real)) is None
+
+
+def test_numbers_of_rows_recur():
+    sizes = [recurring_rows(tokens) for tokens in range(1, 5000)]
+    assert sizes[:64] == list(range(1, 65))
+    for tokens, size in enumerate(sizes, 1):
+        assert tokens <= size <= tokens * (1 + 1 / 32) and recurring_rows(size) == size
+    assert len({size for size in sizes if 1024 < size <= 2048}) == 32
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_rows_that_a_cpu_computes(model, gradients):
+    inputs, seen = inputs_of("right", ROUNDED_UP), []
+    model.encoder.layer[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    patch_bert(model, MASK, unpad=True)
+    with torch.set_grad_enabled(gradients):
+        model(**inputs)
+    assert seen == [130 if gradients or DEVICE == "cuda" else 132]

@@ -1,0 +1,121 @@
+"""The linear layers of inference passes on a CPU, by torch's oneDNN operator, GELU included.
+
+Without padding and with sparse attention a pass is linear layers. `torch.nn.functional.linear` copies the bias into the
+output before it multiplies, multiplies float32 by MKL, which is tuned for one maker's processors, and leaves GELU to a
+pass over memory of its own. oneDNN's operator does all three at once, with the weights as they are: no parameter is
+copied or changed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .models import Encoder, is_a
+from .packing import recurring_rows
+
+# How oneDNN calls what transformers' activation classes compute.
+_GELU_ALGORITHMS = {
+    "GELUActivation": "none",
+    "NewGELUActivation": "tanh",
+    "FastGELUActivation": "tanh",
+    "GELUTanh": "tanh",
+}
+_MODE, _ACTIVATED = "sparse_attention_onednn", "sparse_attention_activated"
+
+
+def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
+    """Makes an encoder's layers use oneDNN where they can: yes, no, or (None) if it lies on a CPU that torch's build
+    of oneDNN has kernels for. Raises ValueError for yes where torch has no oneDNN."""
+    remove_onednn(encoder)
+    if onednn and not torch.backends.mkldnn.is_available():
+        raise ValueError("onednn is True, but this build of torch has no oneDNN; pass None or False")
+    for stack in encoder.stacks:
+        setattr(stack, _MODE, onednn)
+        if onednn if onednn is not None else _recommended(stack):
+            _route(stack, encoder.family.feed_forward)
+
+
+def remove_onednn(encoder: Encoder) -> None:
+    """Undoes `set_onednn`."""
+    for stack in encoder.stacks:
+        stack.__dict__.pop(_MODE, None)
+        for module in stack.modules():
+            forward = module.__dict__.get("forward")
+            if isinstance(forward, partial) and forward.func in (_linear, _linear_gelu, _gelu):
+                del module.forward
+
+
+def onednn_mode(encoder: Encoder) -> bool | None:
+    """What `set_onednn` was called with last."""
+    return getattr(encoder.stacks[0], _MODE, False)
+
+
+def _recommended(stack: nn.Module) -> bool:
+    on_cpu = all(weight.device.type == "cpu" for weight in stack.parameters())
+    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return on_cpu and vectors and torch.backends.mkldnn.is_available()
+
+
+def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:
+    untouched = {module for module in stack.modules() if "forward" not in module.__dict__}  # by accelerate, say
+    linears = {module for module in untouched if type(module) is nn.Linear}
+    for linear in linears:
+        linear.forward = partial(_linear, linear)
+    for block in stack.modules():
+        linear, activation = (getattr(block, name, None) for name in feed_forward)
+        algorithm = _gelu_algorithm(activation)
+        if linear in linears and activation in untouched and algorithm:
+            linear.forward = partial(_linear_gelu, linear, activation, algorithm)
+            activation.forward = partial(_gelu, activation)
+
+
+def _gelu_algorithm(activation: object) -> str | None:
+    return next((algorithm for name, algorithm in _GELU_ALGORITHMS.items() if is_a(activation, name)), None)
+
+
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:
+    if not _usable(module, input):
+        return nn.Linear.forward(module, input)
+    return torch.ops.mkldnn._linear_pointwise(input, module.weight, module.bias, "none", [], "")
+
+
+def _linear_gelu(module: nn.Linear, activation: nn.Module, algorithm: str, input: Tensor) -> Tensor:
+    """What a hook would see between the two is left to them."""
+    if module._forward_hooks or activation._forward_pre_hooks or not _usable(module, input):
+        return _linear(module, input)
+    output = torch.ops.mkldnn._linear_pointwise(input, module.weight, module.bias, "gelu", [], algorithm)
+    setattr(output, _ACTIVATED, True)
+    return output
+
+
+def _gelu(module: nn.Module, input: Tensor) -> Tensor:
+    return input if getattr(input, _ACTIVATED, False) else type(module).forward(module, input)
+
+
+def _usable(module: nn.Linear, input: Tensor) -> bool:
+    """The operator has no gradients and no autocast, and takes plain tensors of one dtype."""
+    weight, bias = module.weight, module.bias
+    if torch.compiler.is_compiling() or type(input) is not Tensor or type(weight) is not nn.Parameter:
+        return False
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return (
+        input.device.type == weight.device.type == "cpu"
+        and input.dtype == weight.dtype
+        and _gains(input)
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def _gains(input: Tensor) -> bool:
+    """torch's own way in bfloat16 is oneDNN too; in float32 it is not, so numbers of rows must recur."""
+    if input.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    rows = input.numel() // input.shape[-1]
+    return input.dtype == torch.float32 and rows == recurring_rows(rows)

@@ -1,0 +1,192 @@
+"""Linear layers by oneDNN: the same outputs, where nobody needs what it lacks."""
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertModel
+
+from sparse_attn import GlobalMask, patch_model, patched, unpatch
+from sparse_attn.integrations.models import encoder_of
+from sparse_attn.integrations.onednn import onednn_mode
+from tests.integrations.conftest import padded_inputs, small_config
+from tests.integrations.test_families import MASK, MODELS, make
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+
+ONEDNN, LINEAR = "mkldnn._linear_pointwise.default", "aten.addmm.default"
+GELU, TANH = "aten.gelu.default", "aten.tanh.default"
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of(model, inputs, gradients=False):
+    with Operators() as operators, torch.set_grad_enabled(gradients):
+        output = model(**inputs)
+    return output.last_hidden_state, operators.counts
+
+
+@pytest.fixture
+def bert():
+    """A BERT on the CPU."""
+    return make("BERT").cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family(name, dtype):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor does not multiply bfloat16")
+    model, inputs = make(name).cpu().to(dtype), padded_inputs()
+    theirs, usual = operators_of(patch_model(model, MASK, onednn=False), inputs)
+    ours, counts = operators_of(patch_model(model, MASK, onednn=True), inputs)
+    limits = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.1, rtol=0.1)
+    torch.testing.assert_close(ours, theirs, **limits)
+    # All but what stands before and after the layers: ELECTRA's projection of embeddings, BERT's pooler.
+    assert usual[ONEDNN] == 0 and counts[ONEDNN] >= 6 * MASK.layers and counts[LINEAR] <= 1
+    assert counts[ONEDNN] + counts[LINEAR] == usual[LINEAR]
+    assert counts[GELU] == 0 and counts[TANH] <= 1
+
+
+ACTIVATIONS = ["gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    torch.manual_seed(0)
+    model, inputs = BertModel(small_config(hidden_act=activation), add_pooling_layer=False).eval(), padded_inputs()
+    for layer in model.encoder.layer:  # values for which activations differ
+        layer.intermediate.dense.weight.data.mul_(50)
+    mask = GlobalMask.random(2, 2, 32, sparsity=0.6)
+    theirs, usual = operators_of(patch_model(model, mask, onednn=False), inputs)
+    ours, counts = operators_of(patch_model(model, mask, onednn=True), inputs)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    elementwise = sum(
+        counts[name] for name in (GELU, TANH, "aten.erf.default", "aten.relu.default", "aten.silu.default")
+    )
+    assert counts[ONEDNN] == 12 and elementwise == (2 if activation in ("relu", "silu") else 0)
+
+
+def test_passes_with_gradients_have_them(bert):
+    inputs = padded_inputs()
+    patch_model(bert, MASK, onednn=True)
+    for training in (True, False):
+        output, counts = operators_of(bert.train(training), inputs, gradients=True)
+        assert counts[ONEDNN] == 0
+        output.sum().backward()
+        assert all(weight.grad is not None for weight in bert.encoder.parameters())
+    bert.requires_grad_(False)
+    assert operators_of(bert, inputs, gradients=True)[1][ONEDNN] > 0
+    bert.encoder.layer[0].output.dense.bias.requires_grad_()  # all that comes after needs gradients too
+    assert operators_of(bert, inputs, gradients=True)[1][ONEDNN] == 5
+
+
+@pytest.mark.parametrize("kind", ["autocast", "float16", "disabled"])
+def test_what_the_operator_lacks(bert, kind):
+    patch_model(bert, MASK, onednn=True)
+    inputs = padded_inputs()
+    expected = bert(**inputs).last_hidden_state.detach()
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            output, counts = operators_of(bert, inputs)
+    elif kind == "float16":
+        output, counts = operators_of(bert.half(), inputs)
+    else:
+        with torch.backends.mkldnn.flags(enabled=False):
+            output, counts = operators_of(bert, inputs)
+    assert counts[ONEDNN] == 0
+    torch.testing.assert_close(output.float(), expected, atol=0.2, rtol=0.1)
+
+
+def test_hooks_see_what_they_are_put_on(bert):
+    patch_model(bert, MASK, onednn=True)
+    block = bert.encoder.layer[0].intermediate
+    seen = []
+    block.dense.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    _, counts = operators_of(bert, padded_inputs())
+    assert counts[GELU] == 1
+    torch.testing.assert_close(seen[0][1], torch.nn.functional.linear(seen[0][0], block.dense.weight, block.dense.bias))
+
+
+def test_no_tokens(bert):
+    patch_model(bert, MASK, onednn=True)
+    linear = bert.encoder.layer[0].intermediate.dense
+    with torch.no_grad():
+        assert linear(torch.zeros(1, 0, linear.in_features)).shape == (1, 0, linear.out_features)
+
+
+def test_unpatching_removes_it(bert):
+    before = {name: value.clone() for name, value in bert.state_dict().items()}
+    patch_model(bert, MASK, onednn=True)
+    assert before.keys() == bert.state_dict().keys()
+    unpatch(bert)
+    assert not any("forward" in module.__dict__ for module in bert.modules())
+    assert operators_of(bert, padded_inputs())[1][ONEDNN] == 0
+    assert all(torch.equal(value, before[name]) for name, value in bert.state_dict().items())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_uses_its_own_weights(bert, copied):
+    patch_model(bert, MASK, onednn=True)
+    inputs = padded_inputs()
+    expected, _ = operators_of(bert, inputs)
+    twin = copied(bert)
+    for weight in bert.parameters():
+        weight.data.zero_()
+    output, counts = operators_of(twin, inputs)
+    torch.testing.assert_close(output, expected, atol=0, rtol=0)
+    assert counts[ONEDNN] > 0 and counts[GELU] == 0
+
+
+def test_is_the_default_on_processors_with_vectors_alone(bert, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert operators_of(patch_model(bert, MASK), padded_inputs())[1][ONEDNN] > 0
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert operators_of(patch_model(bert, MASK), padded_inputs())[1][ONEDNN] == 0
+
+
+def test_without_onednn(bert, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="onednn is True, but this build of torch has no oneDNN"):
+        patch_model(bert, MASK, onednn=True)
+    assert operators_of(patch_model(bert, MASK), padded_inputs())[1][ONEDNN] == 0
+
+
+def test_the_context_manager_restores_it(bert):
+    patch_model(bert, MASK, onednn=False)
+    with patched(bert, MASK, onednn=True):
+        assert onednn_mode(encoder_of(bert)) is True
+        assert operators_of(bert, padded_inputs())[1][ONEDNN] > 0
+    assert onednn_mode(encoder_of(bert)) is False
+    assert operators_of(bert, padded_inputs())[1][ONEDNN] == 0
+
+
+def test_compiled_passes_are_left_to_the_compiler(bert):
+    patch_model(bert, MASK, onednn=True)
+    inputs, seen = padded_inputs(), []
+    with torch.no_grad():
+        expected = bert(**inputs).last_hidden_state
+
+    def record(graph, examples):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for layer in bert.encoder.layer:
+        layer.compile(backend=record)
+    with torch.no_grad():
+        output = bert(**inputs).last_hidden_state
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
+    assert any("linear" in name for name in seen) and not any("mkldnn" in name for name in seen)
