@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -60,7 +60,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Bytes held at most while `run` runs, with what was held before: by torch's allocator on a GPU; resident in this
     process on a CPU, where malloc meanwhile keeps nothing large that was freed.
 
-    Not every system lets a process forget an earlier peak: on a CPU nothing larger should have run before.
+    Where a system does not let a process forget an earlier peak, as Linux does, nothing larger should have run before.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -68,6 +68,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     with _freed_memory_returned():
+        _forget_peak()
         run()
     # Linux carries ru_maxrss over from the parent that started this process; VmHWM is this process's own.
     own = _process_status("VmHWM")
@@ -85,6 +86,7 @@ def _freed_memory_returned() -> Iterator[None]:
     if mallopt is None:
         yield
         return
+    _return_freed_memory()
     trim_threshold, mmap_threshold = -1, -3
     large = 2**17  # glibc's defaults
     mallopt(mmap_threshold, large)
@@ -96,9 +98,26 @@ def _freed_memory_returned() -> Iterator[None]:
         mallopt(trim_threshold, 2**26)
 
 
+def _return_freed_memory() -> None:
+    """Hands back what malloc has kept so far."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _forget_peak() -> None:
+    """From now on VmHWM is the peak since now, where the system allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def current_memory(device: torch.device) -> int | None:
-    """Bytes held now: by torch's allocator on a GPU, resident on a CPU (None if the system does not tell)."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _process_status("VmRSS")
+    """Bytes held now: by torch's allocator on a GPU; resident on a CPU, without what malloc keeps of freed memory (None
+    if the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    _return_freed_memory()
+    return _process_status("VmRSS")
 
 
 def _process_status(field: str) -> int | None:

@@ -1,3 +1,4 @@
+import os
 import platform
 import subprocess
 import sys
@@ -67,6 +68,14 @@ print(current_memory(device), peak_memory(run, device))
 """
     before, peak = _in_a_process(code)
     assert peak < before + 60 * 2**20
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system forgets no peak")
+def test_peak_memory_is_not_that_of_what_ran_before():
+    (peak, before) = _in_a_process(
+        "torch.ones(256 * 2**20)\nprint(peak_memory(lambda: torch.ones(2**20), device), current_memory(device))"
+    )
+    assert peak < before + 64 * 2**20
 
 
 def test_peak_memory_is_not_that_of_the_parent():
