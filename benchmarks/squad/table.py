@@ -41,7 +41,7 @@ PUBLISHED = (
         "peak_memory_bytes": 5.00e9,
     },
 )
-_ROW_WIDTHS = (16, 12, 4, 6, 6, 8, 9, 9, 13, 11, 9, 8)  # of printed rows, before the widest of all is known
+_ROW_WIDTHS = (21, 12, 4, 6, 6, 8, 9, 9, 13, 11, 9, 8)  # of printed rows, before the widest of all is known
 
 
 def with_speedups(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> list[dict[str, Any]]:
