@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from sparse_attn import GlobalMask, QuantizationTable, patch_model
 from sparse_attn.integrations.models import encoder_of
-from sparse_attn.integrations.packing import recurring_rows
+from sparse_attn.integrations.packing import Packing
 from sparse_attn.progress import progress
 
 from ..attention_variants import Absent
@@ -166,12 +166,13 @@ def _feed(job: Job, inputs: Inputs, model: PreTrainedModel, device: torch.device
     return padded_feed(inputs, device, job.max_length if job.padding == "max" else None)
 
 
+@torch.no_grad()
 def _processed_tokens(job: Job, inputs: Inputs, feed: Feed, batch: list[int]) -> int:
     """Those that the model works on, the padding that it sees included."""
     if job.padding != "none":
         return feed(batch)["input_ids"].numel()
-    tokens = int(inputs.windows.lengths[batch].sum())
-    return recurring_rows(tokens) if job.attention == "sparse" and job.device == "cpu" else tokens
+    packing = Packing.of(feed(batch)["attention_mask"].bool()) if job.attention == "sparse" else None
+    return int(inputs.windows.lengths[batch].sum()) if packing is None else packing.rows
 
 
 def _pass_over(model, batches: list[list[int]], feed: Feed, ticks: Iterator[int]) -> Callable[[], list[torch.Tensor]]:

@@ -30,7 +30,7 @@ def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
     """Makes an encoder's layers use oneDNN where they can: yes, no, or (None) if it lies on a CPU that torch's build
     of oneDNN has kernels for. Raises ValueError for yes where torch has no oneDNN."""
     remove_onednn(encoder)
-    if onednn and not torch.backends.mkldnn.is_available():
+    if onednn and not _available():
         raise ValueError("onednn is True, but this build of torch has no oneDNN; pass None or False")
     for stack in encoder.stacks:
         setattr(stack, _MODE, onednn)
@@ -53,10 +53,14 @@ def onednn_mode(encoder: Encoder) -> bool | None:
     return getattr(encoder.stacks[0], _MODE, False)
 
 
+def _available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 def _recommended(stack: nn.Module) -> bool:
     on_cpu = all(weight.device.type == "cpu" for weight in stack.parameters())
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return on_cpu and vectors and torch.backends.mkldnn.is_available()
+    return on_cpu and vectors and _available()
 
 
 def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:

@@ -192,6 +192,9 @@ def test_packing_there_and_back():
     padded = torch.randn(3, 4, 2)
     assert torch.equal(packing.padded(packing.packed(padded)), padded * real[..., None])
     assert Packing.of(real.flip(1)).padding is not None
+    with torch.no_grad():
+        assert Packing.of(torch.arange(140).view(1, -1) < 130).rows == 132
+        assert Packing.of(torch.arange(131).view(1, -1) < 130).rows == 131  # never more than with padding
     assert Packing.of(torch.ones_like(real)) is None and Packing.of(torch.zeros_like(real)) is None
 
 
