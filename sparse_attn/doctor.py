@@ -11,6 +11,7 @@ import torch
 from . import extension
 from .attention import backends_on
 from .backends import native_cpu, native_cuda, triton
+from .integrations.onednn import onednn_dtypes
 from .kernels.configuration import TABLES, shipped_table, table_name
 from .version import __version__
 
@@ -81,7 +82,7 @@ def _processors() -> list[Finding]:
     for index in range(torch.cuda.device_count()):
         findings.append(_tuning(torch.cuda.get_device_name(index)))
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return findings + [_backend(device) for device in devices]
+    return [*findings, *(_backend(device) for device in devices), _linear_layers()]
 
 
 def _tuning(gpu: str) -> Finding:
@@ -98,6 +99,12 @@ def _backend(device: str) -> Finding:
         f"{name} cannot ({'; '.join(reasons[name])})" for name in list(reasons)[: list(reasons).index(chosen)]
     ]
     return Finding(f"backend on {device}", True, ", ".join([f"{chosen} computes attention", *passed_over]))
+
+
+def _linear_layers() -> Finding:
+    names = [str(dtype).removeprefix("torch.") for dtype in onednn_dtypes()]
+    text = f"oneDNN computes {' and '.join(names)}" if names else "torch's own: this build has no oneDNN"
+    return Finding("linear layers on cpu", bool(names), text)
 
 
 def main() -> None:

@@ -44,6 +44,13 @@ def test_an_extension_without_the_kernel_for_gpus_is_named(capsys, monkeypatch):
     assert "ok       CUDA kernel: built into the extension" in report(capsys)
 
 
+def test_names_what_computes_linear_layers(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "onednn_dtypes", lambda: [torch.float32, torch.bfloat16])
+    assert "ok       linear layers on cpu: oneDNN computes float32 and bfloat16" in report(capsys)
+    monkeypatch.setattr(doctor, "onednn_dtypes", list)
+    assert "missing  linear layers on cpu: torch's own" in report(capsys)
+
+
 def test_backends_and_their_reasons():
     assert backends_on("cpu")["reference"] == []
     assert list(backends_on("cpu"))[:2] == ["native", "torch"]

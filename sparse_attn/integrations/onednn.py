@@ -26,11 +26,18 @@ _GELU_ALGORITHMS = {
 _MODE, _ACTIVATED = "sparse_attention_onednn", "sparse_attention_activated"
 
 
+def onednn_dtypes() -> list[torch.dtype]:
+    """What the operator computes on this processor; nothing where torch is built without it."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return []
+    return [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
+
+
 def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
     """Makes an encoder's layers use oneDNN where they can: yes, no, or (None) if it lies on a CPU that torch's build
     of oneDNN has kernels for. Raises ValueError for yes where torch has no oneDNN."""
     remove_onednn(encoder)
-    if onednn and not _available():
+    if onednn and not onednn_dtypes():
         raise ValueError("onednn is True, but this build of torch has no oneDNN; pass None or False")
     for stack in encoder.stacks:
         setattr(stack, _MODE, onednn)
@@ -53,14 +60,10 @@ def onednn_mode(encoder: Encoder) -> bool | None:
     return getattr(encoder.stacks[0], _MODE, False)
 
 
-def _available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def _recommended(stack: nn.Module) -> bool:
     on_cpu = all(weight.device.type == "cpu" for weight in stack.parameters())
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return on_cpu and vectors and _available()
+    return on_cpu and vectors and bool(onednn_dtypes())
 
 
 def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:
@@ -111,15 +114,14 @@ def _usable(module: nn.Linear, input: Tensor) -> bool:
     return (
         input.device.type == weight.device.type == "cpu"
         and input.dtype == weight.dtype
-        and _gains(input)
+        and input.dtype in onednn_dtypes()
+        and _recurs(input)
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
     )
 
 
-def _gains(input: Tensor) -> bool:
-    """torch's own way in bfloat16 is oneDNN too; in float32 it is not, so numbers of rows must recur."""
-    if input.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _recurs(input: Tensor) -> bool:
+    """Whether the number of rows does. torch's own way in bfloat16 is oneDNN too, so it does not matter there."""
     rows = input.numel() // input.shape[-1]
-    return input.dtype == torch.float32 and rows == recurring_rows(rows)
+    return input.dtype == torch.bfloat16 or rows == recurring_rows(rows)

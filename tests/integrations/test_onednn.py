@@ -121,6 +121,14 @@ def test_hooks_see_what_they_are_put_on(bert):
     torch.testing.assert_close(seen[0][1], torch.nn.functional.linear(seen[0][0], block.dense.weight, block.dense.bias))
 
 
+def test_forward_methods_of_others_are_left_alone(bert):
+    linear = bert.encoder.layer[0].attention.self.query
+    linear.forward = own = lambda input: torch.nn.Linear.forward(linear, input)
+    patch_model(bert, MASK, onednn=True)
+    assert linear.forward is own and operators_of(bert, padded_inputs())[1][ONEDNN] == 6 * MASK.layers - 1
+    assert unpatch(bert) is bert and linear.forward is own
+
+
 def test_no_tokens(bert):
     patch_model(bert, MASK, onednn=True)
     linear = bert.encoder.layer[0].intermediate.dense
