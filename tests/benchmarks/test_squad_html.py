@@ -77,8 +77,8 @@ def test_every_committed_file_has_a_page_with_its_table(path):
     for row, line in zip(results["rows"], lines):
         assert line[0].startswith(row["variant"])
         assert {cells(row)[index] for index in shown} <= set(line)
-    pruned = f"{results['arguments']['sparsity']:.0%}"
-    assert pruned in lines[-1][0] and "3 bits" in lines[-1][0]
+        assert row["mask"] is None or f"{row['sparsity']:.0%} {row['granularity']}" in line[0]
+        assert row["bits"] is None or f"{row['bits']} bits" in line[0]
     header = text_of(root.find(".//header"))
     for field in ("device", "model", "date", "commit"):
         assert results[field] in header
