@@ -11,11 +11,11 @@ from transformers import BertModel
 
 from sparse_attn import GlobalMask, patch_model, patched, unpatch
 from sparse_attn.integrations.models import encoder_of
-from sparse_attn.integrations.onednn import onednn_mode
+from sparse_attn.integrations.onednn import onednn_dtypes, onednn_mode
 from tests.integrations.conftest import padded_inputs, small_config
 from tests.integrations.test_families import MASK, MODELS, make
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+pytestmark = pytest.mark.skipif(not onednn_dtypes(), reason="torch is built without oneDNN")
 
 ONEDNN, LINEAR = "mkldnn._linear_pointwise.default", "aten.addmm.default"
 GELU, TANH = "aten.gelu.default", "aten.tanh.default"
@@ -48,8 +48,8 @@ def bert():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family(name, dtype):
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this processor does not multiply bfloat16")
+    if dtype not in onednn_dtypes():
+        pytest.skip(f"oneDNN does not compute {dtype} on this processor")
     model, inputs = make(name).cpu().to(dtype), padded_inputs()
     theirs, usual = operators_of(patch_model(model, MASK, onednn=False), inputs)
     ours, counts = operators_of(patch_model(model, MASK, onednn=True), inputs)
@@ -71,7 +71,7 @@ def test_every_activation(activation):
     for layer in model.encoder.layer:  # values for which activations differ
         layer.intermediate.dense.weight.data.mul_(50)
     mask = GlobalMask.random(2, 2, 32, sparsity=0.6)
-    theirs, usual = operators_of(patch_model(model, mask, onednn=False), inputs)
+    theirs, _ = operators_of(patch_model(model, mask, onednn=False), inputs)
     ours, counts = operators_of(patch_model(model, mask, onednn=True), inputs)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     elementwise = sum(
