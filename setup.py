@@ -41,7 +41,7 @@ def extension_arguments() -> dict:
         sources,
         depends=headers,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"],
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"],
         py_limited_api=True,
     )
     return {

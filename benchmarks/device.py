@@ -67,8 +67,9 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide about results."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "sparse-attn", "triton"):
+    # Not every build of torch installs its version with what it was built for, such as +cu130.
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "sparse-attn", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -10,6 +10,7 @@ from torch.nn.functional import kl_div, mse_loss
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .cutting import Cut, expect_fast_tokenizer
 from .trainer import GroupedTrainer, Schedule, train
 
 Example = Mapping[str, Sequence[int]]
@@ -104,18 +105,19 @@ def distil(
 def text_windows(text: str, tokenizer, max_length: int = 384) -> list[dict[str, list[int]]]:
     """Any text as inputs of `distil`: consecutive windows of at most `max_length` tokens, special tokens included.
 
-    Raises ValueError where the text has no token or `max_length` leaves no room for one.
+    Raises ValueError where the text has no token or `max_length` leaves no room for one, TypeError where the tokenizer
+    is not a fast one.
     """
-    if max_length <= tokenizer.num_special_tokens_to_add():
-        raise ValueError(
-            f"max_length is {max_length}; expected more than the {tokenizer.num_special_tokens_to_add()} special tokens"
-        )
+    expect_fast_tokenizer(tokenizer)
     names = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
-    encoding = tokenizer([text], truncation=True, max_length=max_length, return_overflowing_tokens=True)
-    windows = [dict(zip(names, fields)) for fields in zip(*(encoding[name] for name in names))]
-    if len(windows[0]["input_ids"]) <= tokenizer.num_special_tokens_to_add():
+    encoding = tokenizer([text], truncation=False, verbose=False)
+    segments = encoding.sequence_ids(0)
+    cut = Cut(segments, 0, max_length)
+    if not cut.tokens:
         raise ValueError("the text has no tokens; expected some text to cut into windows")
-    return windows
+    if not cut.bounds:
+        raise ValueError(f"max_length is {max_length}; expected more than the {segments.count(None)} special tokens")
+    return [{name: cut.window(encoding[name][0], bounds) for name in names} for bounds in cut.bounds]
 
 
 def logits_loss(student: ModelOutput, teacher: ModelOutput, real: Tensor, temperature: float) -> Tensor:

@@ -9,9 +9,11 @@ from itertools import chain
 import numpy as np
 import torch
 
+from sparse_attn.cutting import Cut, expect_fast_tokenizer
 from sparse_attn.squad.reading import Question
 
 _QUESTIONS_PER_CALL = 256
+_CONTEXT = 1  # the second segment
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,12 @@ def make_windows(questions: Sequence[Question], tokenizer, max_length: int = 384
         ValueError: a length is out of range, or a question leaves too little room for its context to advance;
             the message names the question.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(
-            f"tokenizer is a {type(tokenizer).__name__}, which gives no character offsets; expected a fast "
-            "tokenizer, such as transformers.AutoTokenizer.from_pretrained gives"
-        )
+    expect_fast_tokenizer(tokenizer)
     if max_length < 1 or stride < 0:
         raise ValueError(f"max_length is {max_length} and stride {stride}; expected at least 1 and at least 0")
     windows: list[Window] = []
     for first in range(0, len(questions), _QUESTIONS_PER_CALL):
         batch = questions[first : first + _QUESTIONS_PER_CALL]
-        _expect_room_for_contexts(batch, tokenizer, max_length, stride)
         windows.extend(_windows_of_batch(batch, first, tokenizer, max_length, stride))
     return windows
 
@@ -201,73 +198,51 @@ def _windows_of_batch(
     encoding = tokenizer(
         [question.question for question in questions],
         [question.context for question in questions],
-        truncation="only_second",
-        max_length=max_length,
-        stride=stride,
+        truncation=False,
         padding=False,
-        return_overflowing_tokens=True,
         return_offsets_mapping=True,
         return_token_type_ids=True,
+        verbose=False,
     )
-    owners = encoding["overflow_to_sample_mapping"]
-    offsets = [
-        [span if segment == 1 else None for span, segment in zip(spans, encoding.sequence_ids(row), strict=True)]
-        for row, spans in enumerate(encoding["offset_mapping"])
-    ]
-    answers: dict[int, list[tuple[int, int]]] = {owner: [] for owner in owners}
-    for owner, spans in zip(owners, offsets, strict=True):
-        answers[owner].extend(_spans_of_answer(questions[owner], spans))
-    for row, owner in enumerate(owners):
-        start, end = _answer_positions(offsets[row], answers[owner])
-        yield Window(
-            question_index=first + owner,
-            input_ids=encoding["input_ids"][row],
-            token_type_ids=encoding["token_type_ids"][row],
-            offsets=offsets[row],
-            start_position=start,
-            end_position=end,
-        )
+    for row, question in enumerate(questions):
+        segments = encoding.sequence_ids(row)
+        cut = Cut(segments, _CONTEXT, max_length, stride)
+        if not cut.bounds:
+            raise ValueError(_no_room(question, segments, cut, max_length, stride))
+        ids, types = encoding["input_ids"][row], encoding["token_type_ids"][row]
+        offsets = [
+            span if segment == _CONTEXT else None
+            for span, segment in zip(encoding["offset_mapping"][row], segments, strict=True)
+        ]
+        answer = _tokens_of_answer(question, offsets)
+        for bounds in cut.bounds:
+            held = bool(answer) and bounds[0] <= answer[0] and answer[-1] < bounds[1]
+            yield Window(
+                question_index=first + row,
+                input_ids=cut.window(ids, bounds),
+                token_type_ids=cut.window(types, bounds),
+                offsets=cut.window(offsets, bounds),
+                start_position=cut.place(answer[0], bounds) if held else 0,
+                end_position=cut.place(answer[-1], bounds) if held else 0,
+            )
 
 
-def _spans_of_answer(question: Question, offsets: list[tuple[int, int] | None]) -> list[tuple[int, int]]:
-    """The character spans of the tokens that have a character of the first answer whose place is known."""
+def _tokens_of_answer(question: Question, offsets: list[tuple[int, int] | None]) -> list[int]:
+    """The tokens that have a character of the first answer whose place is known: characters for which the tokenizer has
+    no token (spaces, control characters) at the answer's ends do not hide it."""
     placed = [(text, start) for text, start in zip(question.answers, question.answer_starts) if start >= 0]
     if not placed:
         return []
     text, start = placed[0]
     end = start + len(text)
-    return [span for span in offsets if span is not None and span[0] < end and span[1] > start]
+    return [place for place, span in enumerate(offsets) if span is not None and span[0] < end and span[1] > start]
 
 
-def _answer_positions(offsets: list[tuple[int, int] | None], answer: list[tuple[int, int]]) -> tuple[int, int]:
-    """First and last token of the answer, (0, 0) unless its first and its last token are both in this window.
-
-    `answer` holds the spans of the answer's tokens over all windows of the question, so that characters for
-    which the tokenizer has no token (spaces, control characters) at the answer's ends do not hide it.
-    """
-    if not answer:
-        return 0, 0
-    first, last = min(answer), max(answer)
-    if first not in offsets or last not in offsets:
-        return 0, 0
-    # Tokens can share a span (one character, several tokens): first of the first, last of the last.
-    return offsets.index(first), len(offsets) - 1 - offsets[::-1].index(last)
-
-
-def _expect_room_for_contexts(questions: Sequence[Question], tokenizer, max_length: int, stride: int) -> None:
-    """Refuse what a tokenizer refuses without saying where: a window that holds no new context token."""
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    texts = [question.question for question in questions]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-    for question, length in zip(questions, lengths, strict=True):
-        room = max_length - special - length
-        if room > stride:
-            continue
-        context = len(tokenizer(question.context, add_special_tokens=False, verbose=False)["input_ids"])
-        if context > max(room, 0):
-            raise ValueError(
-                f"question {question.id!r} ({question.question[:60]!r}) has {length} tokens, which with "
-                f"{special} special tokens leaves {max(room, 0)} of max_length {max_length} for its context "
-                f"of {context}; expected more than the stride ({stride}): raise max_length, lower the "
-                "stride or shorten the question"
-            )
+def _no_room(question: Question, segments: list[int | None], cut: Cut, max_length: int, stride: int) -> str:
+    special = segments.count(None)
+    return (
+        f"question {question.id!r} ({question.question[:60]!r}) has {len(segments) - special - cut.tokens} tokens, "
+        f"which with {special} special tokens leaves {max(cut.room, 0)} of max_length {max_length} for its context "
+        f"of {cut.tokens}; expected more than the stride ({stride}): raise max_length, lower the "
+        "stride or shorten the question"
+    )
