@@ -8,7 +8,7 @@ copied or changed.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ _GELU_ALGORITHMS = {
     "FastGELUActivation": "tanh",
     "GELUTanh": "tanh",
 }
-_MODE, _ACTIVATED = "sparse_attention_onednn", "sparse_attention_activated"
+_MODE, _ACTIVATION = "sparse_attention_onednn", "sparse_attention_activation"
+_ACTIVATED = "sparse_attention_activated"
 
 
 def onednn_dtypes() -> list[torch.dtype]:
@@ -50,9 +51,11 @@ def remove_onednn(encoder: Encoder) -> None:
     for stack in encoder.stacks:
         stack.__dict__.pop(_MODE, None)
         for module in stack.modules():
-            forward = module.__dict__.get("forward")
-            if isinstance(forward, partial) and forward.func in (_linear, _linear_gelu, _gelu):
-                del module.forward
+            if type(module) is OneDNNLinear:
+                module.__class__ = nn.Linear
+                module.__dict__.pop(_ACTIVATION, None)
+            elif isinstance(module, _AfterOneDNNLinear):
+                module.__class__ = module.before
 
 
 def onednn_mode(encoder: Encoder) -> bool | None:
@@ -66,40 +69,63 @@ def _recommended(stack: nn.Module) -> bool:
     return on_cpu and vectors and bool(onednn_dtypes())
 
 
+class OneDNNLinear(nn.Linear):
+    """A linear layer that oneDNN computes where it can, and with it the activation that follows, if there is one.
+
+    A class, not a `forward` of each layer's own: torch.compile compiles layers that differ by objects one by one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _usable(self, input):
+            return super().forward(input)
+        activation, algorithm = self.__dict__.get(_ACTIVATION, (None, ""))
+        # What a hook would see between the two is left to them.
+        if activation is None or self._forward_hooks or activation._forward_pre_hooks:
+            return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        output = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "gelu", [], algorithm)
+        setattr(output, _ACTIVATED, True)
+        return output
+
+
+class _AfterOneDNNLinear:
+    """What an activation becomes whose linear layer may have computed it already."""
+
+    before: type[nn.Module]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if getattr(input, _ACTIVATED, False) else super().forward(input)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _new_after_linear, (self.before,), self.__dict__
+
+
+@cache
+def _after_linear(activation: type[nn.Module]) -> type[nn.Module]:
+    return type(f"OneDNN{activation.__name__}", (_AfterOneDNNLinear, activation), {"before": activation})
+
+
+def _new_after_linear(activation: type[nn.Module]) -> nn.Module:
+    """For copies and pickles: classes made at run time have no name to be found by."""
+    cls = _after_linear(activation)
+    return cls.__new__(cls)
+
+
 def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:
     untouched = {module for module in stack.modules() if "forward" not in module.__dict__}  # by accelerate, say
     linears = {module for module in untouched if type(module) is nn.Linear}
     for linear in linears:
-        linear.forward = partial(_linear, linear)
+        linear.__class__ = OneDNNLinear
     for block in stack.modules():
         linear, activation = (getattr(block, name, None) for name in feed_forward)
         algorithm = _gelu_algorithm(activation)
         if linear in linears and activation in untouched and algorithm:
-            linear.forward = partial(_linear_gelu, linear, activation, algorithm)
-            activation.forward = partial(_gelu, activation)
+            linear.__dict__[_ACTIVATION] = activation, algorithm  # not as a submodule
+            if not isinstance(activation, _AfterOneDNNLinear):
+                activation.__class__ = _after_linear(type(activation))
 
 
 def _gelu_algorithm(activation: object) -> str | None:
     return next((algorithm for name, algorithm in _GELU_ALGORITHMS.items() if is_a(activation, name)), None)
-
-
-def _linear(module: nn.Linear, input: Tensor) -> Tensor:
-    if not _usable(module, input):
-        return nn.Linear.forward(module, input)
-    return torch.ops.mkldnn._linear_pointwise(input, module.weight, module.bias, "none", [], "")
-
-
-def _linear_gelu(module: nn.Linear, activation: nn.Module, algorithm: str, input: Tensor) -> Tensor:
-    """What a hook would see between the two is left to them."""
-    if module._forward_hooks or activation._forward_pre_hooks or not _usable(module, input):
-        return _linear(module, input)
-    output = torch.ops.mkldnn._linear_pointwise(input, module.weight, module.bias, "gelu", [], algorithm)
-    setattr(output, _ACTIVATED, True)
-    return output
-
-
-def _gelu(module: nn.Module, input: Tensor) -> Tensor:
-    return input if getattr(input, _ACTIVATED, False) else type(module).forward(module, input)
 
 
 def _usable(module: nn.Linear, input: Tensor) -> bool:

@@ -53,8 +53,8 @@ class Packing:
         return self.places.shape[0]
 
     def packed(self, padded: Tensor) -> Tensor:
-        """[batch, length, ...] -> [rows, ...]"""
-        return padded.flatten(0, 1).index_select(0, self.places)
+        """[batch, length, ...] -> [1, rows, ...]; no view, for which torch.compile would compile a layer anew."""
+        return padded.flatten(0, 1).unsqueeze(0).index_select(1, self.places)
 
     def padded(self, packed: Tensor) -> Tensor:
         """[tokens or rows, ...] -> [batch, length, ...], zeros where padding is."""

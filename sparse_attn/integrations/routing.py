@@ -31,6 +31,7 @@ class SparseAttentionState(nn.Module):
     Attributes:
         layers: the mask's layers that the module computes: one, but in models whose layers share it.
         layouts: of these layers, on the device of the weights.
+        first: the first of them.
         gradients: whether lists for the backward pass are compiled ahead of the first call.
         previous_implementation: of the model's attention, before it was patched.
         handles: hooks that belong to the patch.
@@ -57,6 +58,7 @@ class SparseAttentionState(nn.Module):
     def follow(self, weight: Tensor) -> None:
         """Compiles what the backend needs for a weight's device and dtype now, not inside a traced forward pass."""
         self.layouts = {layer: self.mask.layout(layer, weight.device) for layer in self.layers}
+        self.first = self.layouts[self.layers[0]]
         self.device, self.dtype = weight.device, weight.dtype
         self._prepare()
 
@@ -74,10 +76,12 @@ class SparseAttentionState(nn.Module):
                 prepare(layout, self.head_dim, self.dtype, self.backend, rounded, training)
 
     def layout(self, layer: int | None, device: torch.device) -> SparseLayout:
-        """The layout of a layer, by default of the only one."""
-        layer = self.layers[0] if layer is None else layer
-        layout = self.layouts[layer]
-        return layout if layout.device == device else self.mask.layout(layer, device)
+        """The layout of a layer, by default of the only one: without its number, so that what is compiled for one
+        module serves all."""
+        layout = self.first if layer is None else self.layouts[layer]
+        if layout.device != device:
+            return self.mask.layout(self.layers[0] if layer is None else layer, device)
+        return layout
 
     def _apply(self, function, recurse=True):
         self.follow(function(torch.empty(0, device=self.device, dtype=self.dtype)))
@@ -142,7 +146,7 @@ def sparse_attention_forward(
     if real is None:
         real = packing.padded(packing.places.new_ones(packing.tokens, dtype=torch.bool))
     output, probabilities = _padded(*padded, real, layout, call, state.backend, wanted)
-    return packing.packed(output).unsqueeze(0), probabilities
+    return packing.packed(output), probabilities
 
 
 def _check_mask(attention_mask: Tensor | None) -> None:

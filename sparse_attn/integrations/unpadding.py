@@ -56,7 +56,7 @@ def _drop_padding(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     packing = Packing.of(mask)
     if packing is None:
         return None
-    packed = packing.packed(hidden).unsqueeze(0)
+    packed = packing.packed(hidden)
     return (packed, packing, *args[2:]), {
         name: value for name, value in kwargs.items() if name not in ("hidden_states", "attention_mask")
     }

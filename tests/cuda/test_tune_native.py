@@ -15,14 +15,21 @@ from tests.helpers import CUDA
 pytestmark = pytest.mark.xdist_group("cuda")
 
 
+@pytest.fixture
+def place(device) -> torch.device:
+    if CUDA and device == "cpu":
+        pytest.skip("with a GPU, the Triton kernels that this compares with run there alone")
+    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
 def masks(granularity: str, device: torch.device) -> torch.Tensor:
     keep = torch.rand(2, 2, 48, 48, generator=torch.Generator().manual_seed(0)) < 0.3
     return keep.to(device)
 
 
 @pytest.mark.parametrize(("native", "triton", "faster"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.01, False)])
-def test_the_best_cut_and_whether_it_is_faster(device, tmp_path, monkeypatch, native, triton, faster):
-    place, path = torch.device(device, 0) if device == "cuda" else torch.device(device), tmp_path / "table.json"
+def test_the_best_cut_and_whether_it_is_faster(place, tmp_path, monkeypatch, native, triton, faster):
+    path = tmp_path / "table.json"
     problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32, bits=3)
     times = iter([[3.0, 1.5, *[2.0] * (len(tune_native.CONFIGS) - 2)], [native, triton]])
 
@@ -37,10 +44,9 @@ def test_the_best_cut_and_whether_it_is_faster(device, tmp_path, monkeypatch, na
     assert config == BlockConfig(12, 1, faster) and (known.rounded, known.head_dim, known.key_len) == (True, 32, 48)
 
 
-def test_wrong_results_are_not_timed(device, tmp_path, monkeypatch):
+def test_wrong_results_are_not_timed(place, tmp_path, monkeypatch):
     forward = native_cuda.forward
     monkeypatch.setattr(native_cuda, "forward", lambda call: (2 * forward(call)[0], None))
-    place = torch.device(device, 0) if device == "cuda" else torch.device(device)
     problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32)
     table = TableFile(tmp_path / "table.json", "Some GPU")
     with pytest.raises(WrongResult, match="the Triton kernel's"):

@@ -228,6 +228,25 @@ def test_compiles_as_one_graph_for_any_length(model, backend):
     torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
 
 
+@pytest.mark.parametrize("unpad", [True, False])
+def test_layers_compiled_one_by_one_are_compiled_once(model, unpad):
+    patch_bert(model, MASK, unpad=unpad)
+    batches = [device_inputs(lengths) for lengths in ((20, 13), (31, 2))]
+    expected = [run(model, inputs).last_hidden_state for inputs in batches]
+    torch._dynamo.reset()
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    for layer in model.encoder.layer:
+        layer.compile(backend=compiler, dynamic=True)
+    for inputs, output in zip(batches, expected, strict=True):
+        close(run(model, inputs).last_hidden_state, output, inputs)
+    assert len(model.encoder.layer) > len(graphs) == 1
+
+
 def test_a_frozen_model_holds_no_lists_for_gradients_until_it_trains(model):
     """They take as much memory as the others, or several times as much."""
     mask = GlobalMask(MASK.keep)
