@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 
-from sparse_attn import GlobalMask, QuantizationTable, distil, patched
+from sparse_attn import GlobalMask, distil, patched
 from sparse_attn.distributed import rank_and_world
 from sparse_attn.squad.windows import Window
 from sparse_attn.training import finetune_question_answering
@@ -144,24 +144,21 @@ def distilled(
     cache: Path,
     mask: GlobalMask,
     source: str,
-    table: QuantizationTable | None = None,
 ) -> Checkpoint:
     """The checkpoint that `recipe` makes of `student`, with `mask` applied, by what `teacher` computes for `inputs`.
-    With a `table` probabilities are rounded meanwhile.
 
     `source` says where the inputs come from. Training changes `student`. The result is kept in `cache` as that of
     `finetuned` is.
     """
 
     def train() -> list[float]:
-        settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": f"distilling, {kind}"}
-        with patched(student, mask, table):
+        settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": "distilling, sparse"}
+        with patched(student, mask):
             return distil(student, teacher, inputs, **settings)
 
-    kind = "sparse" if table is None else "rounded"
-    key = _digest([student, teacher], list(inputs), recipe, mask, table)
+    key = _digest([student, teacher], list(inputs), recipe, mask)
     how = f"distilled on {source}, without labels,"
-    return _kept(kind, key, student, tokenizer, recipe, len(inputs), cache, train, how)
+    return _kept("sparse", key, student, tokenizer, recipe, len(inputs), cache, train, how)
 
 
 def _kept(
@@ -234,11 +231,7 @@ def _check_name(name: str) -> bool:
 
 
 def _digest(
-    models: Sequence[PreTrainedModel],
-    examples: Sequence,
-    recipe: Recipe | DistilRecipe,
-    mask: GlobalMask | None,
-    table: QuantizationTable | None = None,
+    models: Sequence[PreTrainedModel], examples: Sequence, recipe: Recipe | DistilRecipe, mask: GlobalMask | None
 ) -> str:
     digest = hashlib.sha256()
     for model in models:
@@ -258,6 +251,4 @@ def _digest(
     if mask is not None:
         digest.update(str(tuple(mask.shape)).encode())
         digest.update(mask.keep.numpy().data)
-    if table is not None:
-        digest.update(json.dumps(asdict(table)).encode())
     return digest.hexdigest()[:16]

@@ -18,7 +18,6 @@ from sparse_attn import (
     QuantizationTable,
     calibrated_table,
     collect_probabilities,
-    log_table,
     renormalised_table,
 )
 
@@ -37,7 +36,6 @@ class Models:
     Attributes:
         dense: as given, or fine-tuned.
         sparse: recovered with `mask`; the dense one if nothing was.
-        rounded: recovered further with so many bits in the loop, by bits; empty without --rounding-epochs.
         mask: of --granularity (the first, if there are several) and --sparsity, or of --mask.
         seconds: how long fine-tuning, averages, mask, recovery and calibration took.
         probabilities: of the sparse model with `mask`, for tables other than the published one; None for that.
@@ -51,7 +49,6 @@ class Models:
     seconds: dict[str, float] = field(default_factory=dict)
     probabilities: ProbabilityHistogram | None = None
     table_kind: str = "published"
-    rounded: dict[int, Checkpoint] = field(default_factory=dict)
 
     def table(self, bits: int | None) -> QuantizationTable | None:
         """The table for so many bits; None for no bits, and for the published one."""
@@ -91,9 +88,6 @@ def make_models_for_seed(setting: Setting, seed: int) -> Models:
     if options.table != "published":
         with _timed(models.seconds, "calibration"):
             models.probabilities = _probabilities(setting, sparse, models.mask)
-    if options.rounding_epochs:
-        with _timed(models.seconds, "rounding"):
-            models.rounded = {bits: _rounded(setting, sparse, models, bits) for bits in setting.trained_bits}
     return models
 
 
@@ -114,17 +108,6 @@ def _recovered(setting: Setting, mask: GlobalMask) -> Checkpoint:
     recipe = DistilRecipe(options.seed, options.recover_epochs or DistilRecipe.epochs)
     text, teacher = setting.recovery, setting.model
     return distilled(student, teacher, setting.tokenizer, text.inputs, recipe, options.cache, mask, text.source)
-
-
-def _rounded(setting: Setting, sparse: PreTrainedModel, models: Models, bits: int) -> Checkpoint:
-    """What --rounding-epochs makes of `sparse`, the model of `models.sparse`; `setting.model` is the dense one."""
-    options, text = setting.options, setting.recovery
-    recipe = DistilRecipe(options.seed, options.rounding_epochs)
-    table = models.table(bits) or log_table(bits)
-    return distilled(
-        copy.deepcopy(sparse), setting.model, setting.tokenizer, text.inputs, recipe, options.cache, models.mask,
-        text.source, table,
-    )  # fmt: skip
 
 
 def _probabilities(setting: Setting, model: PreTrainedModel, mask: GlobalMask) -> ProbabilityHistogram:

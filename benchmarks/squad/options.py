@@ -152,11 +152,6 @@ def _add_training(group) -> None:
         help=f"(default: {DistilRecipe.epochs} to distil, --epochs to retrain)",
     )
     group.add_argument(
-        "--rounding-epochs",
-        type=at_least(1),
-        help="with --recover distil: so many epochs more for rows with bits, rounding in the loop (default: none)",
-    )
-    group.add_argument(
         "--table",
         choices=("published", "calibrated", "renormalised"),
         default="published",

@@ -83,13 +83,7 @@ def _named(models: Mapping[str | None, Models], name: str) -> dict[str, Models]:
 
 def _checkpoints(models: Mapping[str | None, Models]) -> dict[str, Checkpoint]:
     dense = next(iter(models.values())).dense
-    sparse = {name: found.sparse for name, found in _named(models, "sparse").items()}
-    rounded = {
-        name.replace("rounded", f"{bits} bits", 1): checkpoint
-        for name, found in _named(models, "rounded").items()
-        for bits, checkpoint in found.rounded.items()
-    }
-    return {"dense": dense, **sparse, **rounded}
+    return {"dense": dense, **{name: found.sparse for name, found in _named(models, "sparse").items()}}
 
 
 def _seconds(models: Mapping[str | None, Models]) -> dict[str, float]:

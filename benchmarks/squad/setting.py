@@ -23,7 +23,6 @@ from .checkpoints import load_model, load_tokenizer, packaged_model
 from .data import choose_questions, own_questions
 from .recovery import RecoveryText, read_recovery
 from .shapes import SHAPES, shape_config
-from .sweeps import swept_variants
 from .variants import NAMES, Variant, default_names, table_variants
 
 _SMALLEST_MASK = 16
@@ -96,12 +95,6 @@ class Setting:
         if any(variant.masked and (variant.padding == "max" or not variant.sparse) for variant in self.variants):
             return self.options.max_length
         return max(len(window.input_ids) for window in self.windows)
-
-    @property
-    def trained_bits(self) -> list[int]:
-        """The widths of rows that round probabilities and have weights trained with the mask."""
-        swept = [row for sweep in self.options.sweep for row in swept_variants(sweep, self.granularities)]
-        return sorted({row.bits for row in (*self.variants, *swept) if row.own_weights} - {None})
 
     def with_granularity(self, granularity: str | None) -> Setting:
         """The same with one granularity; averages are shared."""

@@ -213,9 +213,6 @@ def _notes(results: dict[str, Any]) -> list[str]:
         epochs = len(trained[0]["losses"])
         how = f"{trained[0].get('how') or 'trained'} for {epochs} epoch{'s' if epochs > 1 else ''}"
         notes.append(f"Sparse rows: the dense rows' weights, {how} with the mask applied.")
-        more = results.get("arguments", {}).get("rounding_epochs")
-        if more:
-            notes.append(f"Rows with bits: {more} epoch{'s' if more > 1 else ''} more, with rounding in the loop.")
         if any(sweep["name"] == "sparsity" for sweep in results.get("sweeps", ())):
             notes.append("Sweep over sparsity: the dense rows' weights, pruned without any training.")
     misplaced = results["data"].get("misplaced_answers")

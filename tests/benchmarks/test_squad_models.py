@@ -1,6 +1,5 @@
 """Checkpoints, masks and tables that rows are measured with: what recovers accuracy, on what, and how often."""
 
-import itertools
 import json
 from pathlib import Path
 
@@ -52,17 +51,6 @@ def test_finetuning_distils_unless_told_otherwise(arguments):
     assert not again.sparse.cached and len(again.sparse.losses) == 1
 
 
-def test_rows_with_bits_are_distilled_further_with_rounding(arguments):
-    command = [*arguments, "--finetune", *SHORT, "--recover-epochs", "1", "--table", "calibrated"]
-    command += ["--variants", "sparse-unpadded,sparse-unpadded+bits", "--sweep", "bits", "none,2"]
-    models = make_models(setting_of(*command, "--rounding-epochs", "2"))
-    assert models.rounded.keys() == {2, 3} and all(len(made.losses) == 2 for made in models.rounded.values())
-    weights = [query_weights(made) for made in (models.sparse, models.rounded[2], models.rounded[3])]
-    assert not any(torch.equal(one, other) for one, other in itertools.combinations(weights, 2))
-    assert make_models(setting_of(*command, "--rounding-epochs", "2")).rounded[3].cached
-    assert not make_models(setting_of(*command)).rounded
-
-
 def test_any_text_can_be_distilled_on(arguments, tmp_path):
     text = tmp_path / "some.txt"
     text.write_text("the city of rome was built in year 1901 by bob .\n" * 12)
@@ -86,7 +74,6 @@ def test_a_head_of_the_harness_is_distilled_on_what_trained_it(arguments, monkey
     [
         (["--recover", "distil"], "needs text that is not evaluated: pass --recover-text FILE"),
         (["--recover", "retrain"], "needs questions with answers to train on; add --finetune"),
-        (["--rounding-epochs", "1"], "--rounding-epochs is for --recover distil; this run has --recover none"),
         (["--recover-text", "some.txt"], "--recover-text is for --recover distil; this run has --recover none"),
         (["--recover", "distil", "--recover-text", "absent.txt"], "absent.txt: no such file"),
         (["--seeds", "2"], "--seeds 2: nothing is trained here"),
