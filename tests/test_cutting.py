@@ -1,12 +1,17 @@
 """Windows hold every token of what is cut, and no more than they may."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies
 
 from sparse_attn.cutting import Cut
 
 
-@given(st.integers(0, 4), st.integers(0, 60), st.integers(0, 3), st.integers(1, 20), st.integers(0, 8))
+@given(
+    strategies.integers(0, 4),
+    strategies.integers(0, 60),
+    strategies.integers(0, 3),
+    strategies.integers(1, 20),
+    strategies.integers(0, 8),
+)
 def test_windows_advance_by_their_room_less_the_stride(before, tokens, after, room, stride):
     segments = [None] * before + [1] * tokens + [None] * after
     cut = Cut(segments, 1, before + room + after, stride)

@@ -23,8 +23,9 @@ _GELU_ALGORITHMS = {
     "FastGELUActivation": "tanh",
     "GELUTanh": "tanh",
 }
-_MODE, _ACTIVATION = "sparse_attention_onednn", "sparse_attention_activation"
-_ACTIVATED = "sparse_attention_activated"
+_MODE = "sparse_attention_onednn"
+_NEXT = "sparse_attention_next"  # of a linear layer: the activation that follows, and its algorithm
+_ACTIVATED = "sparse_attention_activated"  # of a tensor: the activation has been taken
 
 
 def onednn_dtypes() -> list[torch.dtype]:
@@ -53,9 +54,9 @@ def remove_onednn(encoder: Encoder) -> None:
         for module in stack.modules():
             if type(module) is OneDNNLinear:
                 module.__class__ = nn.Linear
-                module.__dict__.pop(_ACTIVATION, None)
+                module.__dict__.pop(_NEXT, None)
             elif isinstance(module, _AfterOneDNNLinear):
-                module.__class__ = module.before
+                module.__class__ = module.original
 
 
 def onednn_mode(encoder: Encoder) -> bool | None:
@@ -78,7 +79,7 @@ class OneDNNLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _usable(self, input):
             return super().forward(input)
-        activation, algorithm = self.__dict__.get(_ACTIVATION, (None, ""))
+        activation, algorithm = self.__dict__.get(_NEXT, (None, ""))
         # What a hook would see between the two is left to them.
         if activation is None or self._forward_hooks or activation._forward_pre_hooks:
             return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
@@ -90,18 +91,18 @@ class OneDNNLinear(nn.Linear):
 class _AfterOneDNNLinear:
     """What an activation becomes whose linear layer may have computed it already."""
 
-    before: type[nn.Module]
+    original: type[nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:
         return input if getattr(input, _ACTIVATED, False) else super().forward(input)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _new_after_linear, (self.before,), self.__dict__
+        return _new_after_linear, (self.original,), self.__dict__
 
 
 @cache
 def _after_linear(activation: type[nn.Module]) -> type[nn.Module]:
-    return type(f"OneDNN{activation.__name__}", (_AfterOneDNNLinear, activation), {"before": activation})
+    return type(f"OneDNN{activation.__name__}", (_AfterOneDNNLinear, activation), {"original": activation})
 
 
 def _new_after_linear(activation: type[nn.Module]) -> nn.Module:
@@ -119,7 +120,7 @@ def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:
         linear, activation = (getattr(block, name, None) for name in feed_forward)
         algorithm = _gelu_algorithm(activation)
         if linear in linears and activation in untouched and algorithm:
-            linear.__dict__[_ACTIVATION] = activation, algorithm  # not as a submodule
+            linear.__dict__[_NEXT] = activation, algorithm  # not as a submodule
             if not isinstance(activation, _AfterOneDNNLinear):
                 activation.__class__ = _after_linear(type(activation))
 

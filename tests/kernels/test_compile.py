@@ -4,16 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 # A few bytes of wide configurations spill, most where float32 rows of 256 leave no room; more is a regression.
-# Triton 3.6, which torch 2.11 brings, spills a little at head_dim 64 too, on chips older than sm_90.
+# Triton 3.6, which torch 2.11 brings, spills more: at head_dim 64 on chips older than sm_90, at 128 on gfx942.
 OLDER_THAN_SM_90 = ("sm_80", "sm_86", "sm_89")
-TRITON_36 = version("triton").startswith("3.6.")
+TRITON_36 = pytest.importorskip("triton").__version__.startswith("3.6.")
 SPILL_LIMIT_BYTES = {32: 24, 64: 48, 128: 288, 256: 1024} if TRITON_36 else {32: 16, 64: 16, 128: 128, 256: 1024}
 MATRIX_INSTRUCTIONS = {
     "sm_80": {"HMMA"}, "sm_86": {"HMMA"}, "sm_89": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"},
