@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_attn.kernels.backward import grad_key_value_kernel, grad_query_kernel
-from sparse_attn.kernels.configuration import KERNELS, KernelConfig, Problem, shipped_table
+from sparse_attn.kernels.configuration import KERNELS, KernelConfig, Problem, default_table
 from sparse_attn.kernels.forward import forward_kernel
 from sparse_attn.kernels.launch import common_constants
 
@@ -148,7 +148,7 @@ def jobs(kernels: list[str], targets: list[str], variants: list[str]) -> list[Jo
     """Every entry of the default table, in the variants that it is used for; bfloat16, which differs from float16 in
     the matrix instruction's type alone, for the forward kernel at head_dim 64 without rounding."""
     found = []
-    for problem, config in shipped_table().entries:
+    for problem, config in default_table().entries:
         if problem.kernel not in kernels:
             continue
         types = [torch.float16] if problem.element_bytes == 2 else [torch.float32]

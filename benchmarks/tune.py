@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_attn.backends.triton import TRITON_INSTALLED, interpreting
-from sparse_attn.kernels.configuration import TABLES, table_name
+from sparse_attn.kernels.configuration import TABLES, architecture_of, table_name
 
 from .options import OneLineParser, at_least, file_to_write, names, positive
 from .tuning.problems import PROBLEMS, TuningProblem
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     name = torch.cuda.get_device_name(device)
     path = options.output or TABLES / table_name(name)
     try:
-        table = TableFile(path, name)
+        table = TableFile(path, name, architecture_of(device))
     except (ValueError, OSError) as error:
         return _fail(error, status=2)
     outcomes, status = [], 0

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from sparse_attn.backends import native_cuda
-from sparse_attn.kernels.configuration import TABLES, BlockConfig, choose, table_name
+from sparse_attn.kernels.configuration import TABLES, BlockConfig, architecture_of, choose, table_name
 
 from .options import OneLineParser, file_to_write
 from .tuning.problems import PROBLEMS, TuningProblem
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    table = TableFile(options.output or TABLES / table_name(name), name)
+    table = TableFile(options.output or TABLES / table_name(name), name, architecture_of(device))
     layouts, measure, failed = Layouts(device), device_measure(device), 0
     for tuned in native_problems():
         try:

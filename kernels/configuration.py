@@ -87,12 +87,19 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class TuningTable:
-    """Configurations that were found best on one device, each for the problem that it was found for: those of the
-    Triton kernels, and those of the native one."""
+    """Configurations that were found best on one device, each for the problem that it was found for.
+
+    Attributes:
+        device: its name.
+        entries: of the Triton kernels.
+        native: of the native kernel.
+        architecture: of the device, as `architecture_of` tells it.
+    """
 
     device: str
     entries: tuple[tuple[Problem, KernelConfig], ...]
     native: tuple[tuple[Problem, BlockConfig], ...] = ()
+    architecture: str = ""
 
     def nearest(self, problem: Problem) -> KernelConfig | None:
         """The configuration for the nearest problem of the same kernel, rounding and element size whose head_dim is the
@@ -126,7 +133,7 @@ def read_table(path: str | os.PathLike) -> TuningTable:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         entries = tuple((_pick(Problem, entry), _pick(KernelConfig, entry)) for entry in content["entries"])
         native = tuple((_pick(Problem, entry), _pick(BlockConfig, entry)) for entry in content.get("native", ()))
-        return TuningTable(content["device"], entries, native)
+        return TuningTable(content["device"], entries, native, content["architecture"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a tuning table ({type(error).__name__}: {error}); `python -m benchmarks.tune` writes one"
@@ -143,11 +150,23 @@ def table_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
+def architecture_of(device: torch.device) -> str:
+    """What programs for a GPU are compiled for: "sm_90" for an H100 and for an H200; "gfx942"."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 @cache
-def shipped_table(device: str | None = None) -> TuningTable | None:
-    """The table that the package holds for a device, by default that for all of them; None if there is none."""
-    path = TABLES / ("default.json" if device is None else table_name(device))
-    return read_table(path) if path.exists() else None
+def default_table() -> TuningTable:
+    """What serves where nothing was measured."""
+    return read_table(TABLES / "default.json")
+
+
+@cache
+def _measured_tables() -> tuple[TuningTable, ...]:
+    return tuple(read_table(path) for path in sorted(TABLES.glob("*.json")) if path.name != "default.json")
 
 
 _used: dict[str, TuningTable] = {}
@@ -160,15 +179,15 @@ def use_table(table: TuningTable) -> None:
 
 
 def choose(problem: Problem, device: torch.device) -> KernelConfig:
-    """The configuration for `problem`: from the table of the GPU, or else, with one warning, from the default one.
+    """The configuration for `problem`: from the device's table (see `table_of`), or else, on a GPU with one warning,
+    from the default one.
 
     Raises ValueError for a head_dim that no configuration holds.
     """
-    name = _name(device)
-    table = _table(name)
+    table = table_of(device)
     if table is None and device.type == "cuda":
-        _warn_untuned(name)
-    config = (table.nearest(problem) if table else None) or shipped_table().nearest(problem)
+        _warn_untuned(_name(device))
+    config = (table.nearest(problem) if table else None) or default_table().nearest(problem)
     if config is None:
         raise ValueError(
             f"no configuration of {problem.kernel} for head_dim {problem.head_dim} with {problem.element_bytes}-byte "
@@ -178,8 +197,8 @@ def choose(problem: Problem, device: torch.device) -> KernelConfig:
 
 
 def choose_native(problem: Problem, device: torch.device) -> BlockConfig:
-    """The configuration of the native kernel for `problem` on a GPU: from its table if it has been measured there."""
-    table = _table(_name(device))
+    """The configuration of the native kernel for `problem` on a GPU: from its table if that has been measured."""
+    table = table_of(device)
     return (table.nearest_native(problem) if table else None) or BlockConfig()
 
 
@@ -187,8 +206,17 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _table(name: str) -> TuningTable | None:
-    return _used.get(name) or shipped_table(name)
+def table_of(device: torch.device) -> TuningTable | None:
+    """The table of a device: the one in use, or else the package's for it, or else, since they run the same programs,
+    the package's for another GPU of its architecture. None if there is none."""
+    name = _name(device)
+    if name in _used:
+        return _used[name]
+    measured = {table.device: table for table in _measured_tables()}
+    if name in measured or device.type != "cuda":
+        return measured.get(name)
+    architecture = architecture_of(device)
+    return next((table for table in measured.values() if table.architecture == architecture), None)
 
 
 @cache

@@ -12,7 +12,7 @@ from . import extension
 from .attention import backends_on
 from .backends import native_cpu, native_cuda, triton
 from .integrations.onednn import onednn_dtypes
-from .kernels.configuration import TABLES, shipped_table, table_name
+from .kernels.configuration import TABLES, table_name, table_of
 from .version import __version__
 
 
@@ -80,14 +80,16 @@ def _processors() -> list[Finding]:
         text = "none: this build of torch has no CUDA" if torch.version.cuda is None else "none: torch sees no GPU"
         findings.append(Finding("GPU", True, text))
     for index in range(torch.cuda.device_count()):
-        findings.append(_tuning(torch.cuda.get_device_name(index)))
+        findings.append(_tuning(torch.device("cuda", index)))
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return [*findings, *(_backend(device) for device in devices), _linear_layers()]
 
 
-def _tuning(gpu: str) -> Finding:
-    if shipped_table(gpu) is not None:
-        return Finding("GPU", True, f"{gpu}, kernels tuned for it")
+def _tuning(device: torch.device) -> Finding:
+    gpu, table = torch.cuda.get_device_name(device), table_of(device)
+    if table is not None:
+        tuned_for = "it" if table.device == gpu else f"{table.device}, which has the same architecture"
+        return Finding("GPU", True, f"{gpu}, kernels tuned for {tuned_for}")
     remedy = f"python -m benchmarks.tune, in the project's repository, writes {TABLES.name}/{table_name(gpu)}"
     return Finding("GPU", False, f"{gpu}, for which the kernels are not tuned: default configurations are used", remedy)
 

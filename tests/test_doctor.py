@@ -6,6 +6,7 @@ import torch
 from sparse_attn import doctor, extension
 from sparse_attn.attention import backends_on
 from sparse_attn.backends import native_cuda, triton
+from sparse_attn.kernels.configuration import TuningTable
 
 
 def report(capsys) -> str:
@@ -25,7 +26,8 @@ def test_names_what_is_missing_and_the_remedy(capsys, monkeypatch):
     monkeypatch.setattr(extension, "reason", lambda: "it was not built")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "Some GPU 1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 1")
+    monkeypatch.setattr(doctor, "table_of", lambda device: None)
     monkeypatch.setattr(triton, "TRITON_INSTALLED", False)
     monkeypatch.setattr(doctor, "backends_on", lambda device: {"triton": ["Triton is not installed"], "torch": []})
     text = report(capsys)
@@ -33,6 +35,13 @@ def test_names_what_is_missing_and_the_remedy(capsys, monkeypatch):
     assert "missing  Triton: not installed" in text and "pip install triton" in text
     assert "missing  GPU: Some GPU 1" in text and "some-gpu-1.json" in text
     assert "torch computes attention, triton cannot (Triton is not installed)" in text
+
+
+def test_a_gpu_with_the_table_of_another_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 1")
+    monkeypatch.setattr(doctor, "table_of", lambda device: TuningTable("Some GPU 0", ()))
+    finding = doctor._tuning(torch.device("cuda", 0))
+    assert finding.ok and finding.text == "Some GPU 1, kernels tuned for Some GPU 0, which has the same architecture"
 
 
 @pytest.mark.skipif(not extension.available(), reason="the C++ extension is not built")

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_attn import SparseLayout, sparse_attention
 from sparse_attn.backends import native_cuda
 from sparse_attn.kernels import launch
-from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, shipped_table
+from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, default_table
 from sparse_attn.ops import AttentionCall, empty_output
 from sparse_attn.quantization import log_table
 
@@ -103,7 +103,7 @@ class Bench:
         self._expected: list[list[Tensor]] = []
         work_64, work_16 = (sum(layout.work(rows) for layout in layouts) for rows in (64, 16))
         self.problem = self._problem(tuned.kernel, work_64 / work_16, layouts[0].key_len)
-        self.default = shipped_table().nearest(self.problem)
+        self.default = default_table().nearest(self.problem)
 
     def facts(self, rows: int) -> ListFacts:
         """What the lists for groups of `rows` look like."""
@@ -182,7 +182,7 @@ class Bench:
         return Problem(kernel, rounded, self.tuned.head_dim, self.tuned.dtype.itemsize, key_len, spread)
 
     def _default_of(self, kernel: str) -> KernelConfig:
-        return shipped_table().nearest(self._problem(kernel, self.problem.spread, self.problem.key_len))
+        return default_table().nearest(self._problem(kernel, self.problem.spread, self.problem.key_len))
 
     def _launch(self, kernel: str, config: KernelConfig, layer: _Layer, store_lse: bool = False) -> None:
         call, rounding = self._call, self._rounding

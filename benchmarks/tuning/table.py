@@ -26,13 +26,14 @@ class TableFile:
     Args:
         path: of the file, which need not be there.
         device: name of the GPU.
+        architecture: of the GPU.
 
     Raises:
         ValueError: the file is no tuning table, or that of another device.
     """
 
-    def __init__(self, path: Path, device: str):
-        self._path, self._device = path, device
+    def __init__(self, path: Path, device: str, architecture: str):
+        self._path, self._device, self._architecture = path, device, architecture
         self._entries: list[dict[str, Any]] = []
         self._native: list[dict[str, Any]] = []
         self._commit = commit()
@@ -77,6 +78,7 @@ class TableFile:
     def _write(self) -> None:
         head = {
             "device": self._device,
+            "architecture": self._architecture,
             "commit": self._commit,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),

@@ -77,7 +77,7 @@ def test_the_fastest_right_configuration_wins(kernel, tmp_path, monkeypatch, cap
     assert log[-1] == [OTHER, GOOD, tuned.default]  # once more, in turns, the default among them
 
     path = tmp_path / "table.json"
-    TableFile(path, "cpu").add(tuned)
+    TableFile(path, "cpu", "").add(tuned)
     ((key, config),) = read_table(path).entries
     assert (key, config) == (tuned.problem, OTHER)
     assert (key.kernel, key.rounded, key.head_dim, key.element_bytes, key.key_len) == (
@@ -180,10 +180,10 @@ def test_a_table_keeps_other_entries_and_refuses_other_devices(tmp_path):
         found = Search(GOOD, [], neighbours, lambda config: None, 5).found({GOOD: 1.0})
 
     path = tmp_path / "some-gpu.json"
-    TableFile(path, "Some GPU").add(Outcome)
+    TableFile(path, "Some GPU", "sm_90").add(Outcome)
     second = Outcome()
     second.problem = replace(Outcome.problem, spread=1.0)
-    again = TableFile(path, "Some GPU")
+    again = TableFile(path, "Some GPU", "sm_90")
     again.add(second)
     second.found = replace(Outcome.found, winner=OTHER)
     again.add(second)
@@ -191,10 +191,11 @@ def test_a_table_keeps_other_entries_and_refuses_other_devices(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["some-gpu.json"]
     native = BlockConfig(4, 2, faster=True)
     again.add_native(Outcome.problem, BlockConfig(), 2.0, 1.0, "squad384")
-    TableFile(path, "Some GPU").add_native(Outcome.problem, native, 1.0, 2.0, "squad384")
+    TableFile(path, "Some GPU", "sm_90").add_native(Outcome.problem, native, 1.0, 2.0, "squad384")
     assert read_table(path).native == ((Outcome.problem, native),) and len(read_table(path).entries) == 2
+    assert read_table(path).architecture == "sm_90"
     with pytest.raises(ValueError, match="holds the table of Some GPU, this is Another"):
-        TableFile(path, "Another")
+        TableFile(path, "Another", "sm_90")
 
 
 class FakePool(NoCompiler):
@@ -219,6 +220,7 @@ def test_the_command_writes_a_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune, "_gpu", lambda: CPU)
     monkeypatch.setattr(tune, "chosen_problems", lambda patterns: [tiny_problem("grad_query")])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     properties = SimpleNamespace(shared_memory_per_block=49152, shared_memory_per_block_optin=SHARED_LIMIT)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(compiling, "CompilePool", FakePool)

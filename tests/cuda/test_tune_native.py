@@ -38,7 +38,7 @@ def test_the_best_cut_and_whether_it_is_faster(place, tmp_path, monkeypatch, nat
             call()
         return next(times)
 
-    line = tune_native._tune(problem, Layouts(place), measure, TableFile(path, "Some GPU"), place)
+    line = tune_native._tune(problem, Layouts(place), measure, TableFile(path, "Some GPU", "sm_90"), place)
     assert line == f"native {1e3 * native:.1f} us (12 warps, 1 parts), Triton {1e3 * triton:.1f} us"
     ((known, config),) = read_table(path).native
     assert config == BlockConfig(12, 1, faster) and (known.rounded, known.head_dim, known.key_len) == (True, 32, 48)
@@ -48,7 +48,7 @@ def test_wrong_results_are_not_timed(place, tmp_path, monkeypatch):
     forward = native_cuda.forward
     monkeypatch.setattr(native_cuda, "forward", lambda call: (2 * forward(call)[0], None))
     problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32)
-    table = TableFile(tmp_path / "table.json", "Some GPU")
+    table = TableFile(tmp_path / "table.json", "Some GPU", "sm_90")
     with pytest.raises(WrongResult, match="the Triton kernel's"):
         tune_native._tune(problem, Layouts(place), None, table, place)
 

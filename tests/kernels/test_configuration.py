@@ -125,29 +125,57 @@ def test_the_default_table_serves_every_problem():
         configuration.choose(Problem("forward", False, 257, 2, 100, 1.5), torch.device("cpu"))
 
 
-def test_a_gpu_without_a_table_is_told_once(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 1")
+@pytest.fixture
+def some_gpu(monkeypatch):
+    """Configurations are chosen for a GPU called "Some GPU 1" of architecture sm_90, and no table is in use."""
     monkeypatch.setattr(configuration, "_used", {})
+    monkeypatch.setattr(configuration, "_measured_tables", lambda: ())
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return torch.device("cuda", 0)
+
+
+def test_a_gpu_without_a_table_is_told_once(some_gpu):
     configuration._warn_untuned.cache_clear()
     problem = Problem("forward", False, 64, 2, 384, 2.0)
     with pytest.warns(UserWarning, match="not been tuned for Some GPU 1"):
-        default = configuration.choose(problem, torch.device("cuda"))
+        default = configuration.choose(problem, some_gpu)
     other = KernelConfig(16, 64, 2, 5)
     configuration.use_table(TuningTable("Some GPU 1", ((problem, other),)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert configuration.choose(problem, torch.device("cuda")) == other != default
+        assert configuration.choose(problem, some_gpu) == other != default
         fp32 = Problem("forward", False, 64, 4, 384, 2.0)  # not in the table: the default serves
-        assert configuration.choose(fp32, torch.device("cuda")) == configuration.shipped_table().nearest(fp32)
+        assert configuration.choose(fp32, some_gpu) == configuration.default_table().nearest(fp32)
+
+
+def test_a_gpu_of_the_same_architecture_lends_its_table(some_gpu, monkeypatch):
+    problem = Problem("forward", False, 64, 2, 384, 2.0)
+
+    def table(device: str, architecture: str, stages: int) -> TuningTable:
+        config, native = KernelConfig(16, 64, 2, stages), BlockConfig(stages, faster=True)
+        return TuningTable(device, ((problem, config),), ((problem, native),), architecture)
+
+    other, kin, own = table("Old GPU", "sm_80", 3), table("Some GPU 0", "sm_90", 4), table("Some GPU 1", "sm_90", 5)
+    for tables, stages in (((other, kin), 4), ((other, kin, own), 5)):
+        monkeypatch.setattr(configuration, "_measured_tables", lambda tables=tables: tables)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert configuration.choose(problem, some_gpu).num_stages == stages
+            assert configuration.choose_native(problem, some_gpu).warps == stages
+    monkeypatch.setattr(configuration, "_measured_tables", lambda: (other,))
+    assert configuration.table_of(some_gpu) is None
 
 
 def test_tables_are_read_and_refused(tmp_path):
     problem, config = Problem("forward", True, 64, 2, 384, 2.1), KernelConfig(32, 64, 4, 3, held=256)
     path = tmp_path / configuration.table_name("NVIDIA H200")
     assert path.name == "nvidia-h200.json"
-    content = {"device": "NVIDIA H200", "entries": [configuration.entry(problem, config, p50_ms=1.0)]}
+    entries = [configuration.entry(problem, config, p50_ms=1.0)]
+    content = {"device": "NVIDIA H200", "architecture": "sm_90", "entries": entries}
     path.write_text(json.dumps(content))
-    assert configuration.read_table(path) == TuningTable("NVIDIA H200", ((problem, config),))
+    assert configuration.read_table(path) == TuningTable("NVIDIA H200", ((problem, config),), architecture="sm_90")
     del content["entries"][0]["rows"]
     for text in (json.dumps(content), "{", "[]", '{"entries": []}'):
         path.write_text(text)
@@ -163,21 +191,18 @@ def test_shipped_tables_are_whole():
             assert problem.kernel == "forward" or not (problem.rounded or config.held), path.name
 
 
-def test_native_entries_say_what_is_faster(monkeypatch):
+def test_native_entries_say_what_is_faster(some_gpu, monkeypatch):
     """backend="auto" takes the native kernel first only where the table of the GPU says that it was faster."""
-    monkeypatch.setattr(configuration, "_used", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 2")
     monkeypatch.setattr(native_cuda, "built", lambda: True)
-    device = torch.device("cuda", 0)
     element, rounded = (Problem("forward", bits, 64, 2, 384, 2.0) for bits in (False, True))
-    assert configuration.choose_native(element, device) == BlockConfig()
+    assert configuration.choose_native(element, some_gpu) == BlockConfig()
     best = BlockConfig(4, 2, faster=True)
-    configuration.use_table(TuningTable("Some GPU 2", (), ((element, best), (rounded, BlockConfig(12, 1)))))
-    assert configuration.choose_native(element, device) == best
+    configuration.use_table(TuningTable("Some GPU 1", (), ((element, best), (rounded, BlockConfig(12, 1)))))
+    assert configuration.choose_native(element, some_gpu) == best
 
     def order(head_dim=64, dtype=torch.float16, bits=False, training=False) -> tuple[str, ...]:
         layout = SparseLayout(torch.rand(1, 384, 384) < 0.1)
-        layout.device = device
+        layout.device = some_gpu
         return automatic(layout, head_dim, dtype, bits, training)
 
     assert order() == ("native", "triton", "torch", "reference")
