@@ -33,14 +33,15 @@ class Rounding:
     """A quantiser as the kernels take it.
 
     Attributes:
-        levels: float32 [2 ** bits] on the device.
-        mid_points: whether the levels are the mid-points of their bins, as published; computing those is cheaper.
+        count: of levels, 2 ** bits.
+        levels: float32 [count] on the device; None if they are the mid-points of their bins, as published, which are
+            cheaper to compute.
         log2_threshold: log2 of the smallest probability that is not pruned.
         step: width of a bin in log2(p).
     """
 
-    levels: Tensor
-    mid_points: bool
+    count: int
+    levels: Tensor | None
     log2_threshold: float
     step: float
 
@@ -86,7 +87,7 @@ def common_constants(
 def rounding_constants(rounding: Rounding | None) -> dict[str, object]:
     if rounding is None:
         return dict(LEVELS=0, MID_POINTS=True)
-    return dict(LEVELS=rounding.levels.numel(), MID_POINTS=rounding.mid_points)
+    return dict(LEVELS=rounding.count, MID_POINTS=rounding.levels is None)
 
 
 def forward(
@@ -101,7 +102,7 @@ def forward(
     absent = lists.stops
     forward_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, output, lse if lse.numel() else output,
-        lists.stops, lists.columns, lists.row_bits, lists.order, rounding.levels if rounding else absent,
+        lists.stops, lists.columns, lists.row_bits, lists.order, _levels(rounding, absent),
         *_optional(call, absent),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, output)[:3], *_row_strides(call, lse),
@@ -169,7 +170,7 @@ def backward_key_value(
     grad_key_value_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, grad_output, grad_key, grad_value, lse, delta,
         transposed.stops, transposed.columns, transposed.row_bits, transposed.order,
-        rounding.levels if rounding else transposed.stops, *_optional(call, transposed.stops),
+        _levels(rounding, transposed.stops), *_optional(call, transposed.stops),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, grad_output), *_strides(call, grad_key)[:3], *_row_strides(call, lse),
         tiles.count, tiles.first, sizes.heads, tiles.groups, tiles.blocks,
@@ -229,6 +230,10 @@ def _constants(call: AttentionCall, config: KernelConfig, lists: Lists, tiles: _
         query_lengths=call.query_lengths is not None, key_lengths=call.key_lengths is not None,
         key_padding=call.key_padding is not None, dropout=call.seed is not None,
     )  # fmt: skip
+
+
+def _levels(rounding: Rounding | None, absent: Tensor) -> Tensor:
+    return absent if rounding is None or rounding.levels is None else rounding.levels
 
 
 def _optional(call: AttentionCall, absent: Tensor) -> tuple[Tensor, ...]:

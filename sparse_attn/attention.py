@@ -80,7 +80,7 @@ def sparse_attention(
     )  # fmt: skip
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     chosen = choose_backend(call, layout, training, backend)
-    tensors, sizes = _layout_arguments(chosen, layout, query.shape[-1], query.dtype, call.table is not None, training)
+    tensors, sizes = _layout_arguments(chosen, layout, query.shape[-1], query.dtype, call.table, training)
     need_lse = return_lse or (training and chosen.BACKWARD_USES_LSE)
     output, lse = run(replace(call, layout=tensors, layout_sizes=sizes, need_lse=need_lse), chosen.NAME)
     return (output, lse) if return_lse else output
@@ -114,7 +114,7 @@ def attention_probabilities(
         query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, None, None,
         causal, query_offset, dropout,
     )  # fmt: skip
-    tensors, sizes = _layout_arguments(reference, layout, query.shape[-1], query.dtype, call.table is not None, False)
+    tensors, sizes = _layout_arguments(reference, layout, query.shape[-1], query.dtype, call.table, False)
     attended = reference.attend(replace(call, layout=tensors, layout_sizes=sizes), reference.padded_row_numbers(query))
     return attended.output, attended.used.to(query.dtype)
 
@@ -124,7 +124,7 @@ def prepare(
     head_dim: int,
     dtype: torch.dtype,
     backend: str = "auto",
-    rounded: bool | None = None,
+    bits: int | QuantizationTable | None = None,
     training: bool | None = None,
 ) -> None:
     """Compiles what `backend` needs of `layout` ahead of the first call, for example before tracing it.
@@ -133,20 +133,21 @@ def prepare(
         layout: on the device where it will be used.
         head_dim, dtype: of query, key and value.
         backend: as for `sparse_attention`.
-        rounded: whether calls will have bits; None prepares for both.
+        bits: what calls will pass.
         training: whether calls will need gradients, which takes more lists; None prepares for both.
 
     Raises:
         ValueError: an unknown backend, or a head_dim that it cannot compute.
     """
     _check_backend(backend)
-    for with_bits in (False, True) if rounded is None else (rounded,):
-        for with_gradients in (False, True) if training is None else (training,):
-            names = [backend]
-            if backend == "auto":  # the first choice may refuse some calls, whose place the usual one takes then
-                names = [automatic(layout, head_dim, dtype, with_bits, with_gradients)[0], _usual(layout.device)[0]]
-            for name in names:
-                _layout_arguments(BACKENDS[name], layout, head_dim, dtype, with_bits, with_gradients)
+    table = as_table(bits)
+    for with_gradients in (False, True) if training is None else (training,):
+        names = [backend]
+        if backend == "auto":  # the first choice may refuse some calls, whose place the usual one takes then
+            preferred = automatic(layout, head_dim, dtype, table is not None, with_gradients)
+            names = [preferred[0], _usual(layout.device)[0]]
+        for name in names:
+            _layout_arguments(BACKENDS[name], layout, head_dim, dtype, table, with_gradients)
 
 
 def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:
@@ -162,11 +163,16 @@ def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) 
 
 
 def _layout_arguments(
-    backend: ModuleType, layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+    backend: ModuleType,
+    layout: SparseLayout,
+    head_dim: int,
+    dtype: torch.dtype,
+    table: QuantizationTable | None,
+    training: bool,
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    kind = (backend.NAME, head_dim, dtype, rounded, training)
+    kind = (backend.NAME, head_dim, dtype, table, training)
     if kind not in layout.arguments:
-        layout.arguments[kind] = backend.layout_arguments(layout, head_dim, dtype, rounded, training)
+        layout.arguments[kind] = backend.layout_arguments(layout, head_dim, dtype, table, training)
     return layout.arguments[kind]
 
 

@@ -97,8 +97,7 @@ class Bench:
         self._rounding = None
         if tuned.bits is not None:
             table = log_table(tuned.bits)
-            levels = torch.tensor(table.levels, dtype=torch.float32, device=device)
-            self._rounding = launch.Rounding(levels, True, math.log2(table.threshold), table.step)
+            self._rounding = launch.Rounding(len(table.levels), None, math.log2(table.threshold), table.step)
         self._layers = [_empty_layer(layout, self._query) for layout in layouts]
         self._expected: list[list[Tensor]] = []
         work_64, work_16 = (sum(layout.work(rows) for layout in layouts) for rows in (64, 16))

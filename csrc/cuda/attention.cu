@@ -1,6 +1,9 @@
 // The operator sparse_attn::native_attention_cuda on NVIDIA GPUs from sm_80 on.
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
 
 #include "fragments.cuh"
 
@@ -10,39 +13,31 @@ namespace sparse_attn {
 namespace {
 
 void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // or the next call would find this one's error
+  }
   STD_TORCH_CHECK(status == cudaSuccess, what, " failed: ", cudaGetErrorString(status));
 }
-
-// Makes a device the current one of this module's runtime, and undoes that.
-class CurrentDevice {
-  int before = 0, device;
-
- public:
-  explicit CurrentDevice(int device) : device(device) {
-    check(cudaGetDevice(&before), "cudaGetDevice");
-    if (device != before) {
-      check(cudaSetDevice(device), "cudaSetDevice");
-    }
-  }
-  CurrentDevice(const CurrentDevice&) = delete;
-  ~CurrentDevice() {
-    if (device != before) {
-      cudaSetDevice(before);
-    }
-  }
-};
 
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
 __global__ void __launch_bounds__(MAX_THREADS, 1) attention_kernel(const __grid_constant__ AttentionCall call) {
   attend_in_block<ELEMENT, HEAD_DIM, ROUNDING>(call);
 }
 
+// The most shared memory that any call of a kernel may want on the current device.
+int most_shared_memory(int head_dim) {
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return std::min(limit, shared_memory_of(head_dim, MAX_LENGTH, MAX_LEVELS).bytes);
+}
+
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
 void start(const Launch& launch, Kernel<ELEMENT, HEAD_DIM, ROUNDING>) {
   const auto kernel = attention_kernel<ELEMENT, HEAD_DIM, ROUNDING>;
-  const int bytes = launch.call.memory.bytes;
+  // The same for every call: others may be started by other threads, or captured in the same graph.
   check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory(HEAD_DIM)),
       "reserving shared memory for a block");
   // All of an SM's memory that can be: as many blocks as fit.
   check(
@@ -50,7 +45,7 @@ void start(const Launch& launch, Kernel<ELEMENT, HEAD_DIM, ROUNDING>) {
       "reserving shared memory of an SM");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const auto blocks = static_cast<unsigned>(launch.blocks), threads = static_cast<unsigned>(launch.threads);
-  kernel<<<blocks, threads, bytes, stream>>>(launch.call);
+  kernel<<<blocks, threads, launch.call.memory.bytes, stream>>>(launch.call);
   check(cudaGetLastError(), "starting the attention kernel");
 }
 
@@ -70,8 +65,7 @@ void native_attention_cuda(
     const OptionalTensor cu_seqlens,
     int64_t max_length,
     double scale,
-    const Tensor levels,
-    int64_t level_count,
+    const std::vector<double> levels,
     double step,
     bool causal,
     int64_t warps,
@@ -96,7 +90,6 @@ void native_attention_cuda(
       max_length,
       scale,
       levels,
-      level_count,
       step,
       causal,
       warps,
@@ -105,7 +98,7 @@ void native_attention_cuda(
       output,
       lse);
   if (launch.blocks > 0) {
-    const CurrentDevice device(query.get_device_index());
+    const torch::stable::accelerator::DeviceGuard device(query.get_device_index());
     with_kernel(launch, [&](auto kernel) { start(launch, kernel); });
   }
 }

@@ -4,13 +4,16 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 #include "attention_kernel.cuh"
 
@@ -39,6 +42,12 @@ const T* list_data(const Tensor& tensor, ScalarType dtype, int64_t dims) {
       tensor.scalar_type() == dtype && tensor.dim() == dims && tensor.is_contiguous(),
       "the lists of a layout must be as fragment_lists makes them");
   return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// A number in one of the 16-bit types.
+inline uint16_t element_bits(double number, ScalarType dtype) {
+  const auto single = static_cast<float>(number);
+  return dtype == ScalarType::Half ? torch::headeronly::Half(single).x : torch::headeronly::BFloat16(single).x;
 }
 
 // Strides of packed [tokens, heads, head_dim] or padded [batch, heads, length, head_dim] elements of two bytes.
@@ -73,8 +82,7 @@ inline Launch launch_of(
     const OptionalTensor& cu_seqlens,
     int64_t max_length,
     double scale,
-    const Tensor& levels,
-    int64_t level_count,
+    const std::vector<double>& levels,
     double step,
     bool causal,
     int64_t warps,
@@ -105,7 +113,11 @@ inline Launch launch_of(
   call.cu_seqlens = data_of<int32_t>(cu_seqlens);
   call.causal = causal;
   call.scale_log2 = static_cast<float>(scale * 1.44269504088896340736);
-  call.levels = static_cast<const uint16_t*>(levels.const_data_ptr());
+  const auto level_count = static_cast<int64_t>(levels.size());
+  STD_TORCH_CHECK(scale > 0.0 && level_count <= MAX_LEVELS, "the scale must be positive, the levels at most 256");
+  for (int64_t i = 0; i < level_count; ++i) {
+    call.levels[i / 2] |= static_cast<uint32_t>(element_bits(levels[i], launch.dtype)) << (16 * (i % 2));
+  }
   call.level_count = static_cast<int32_t>(level_count);
   call.level_rate = level_count > 0 ? static_cast<float>(1.0 / (static_cast<double>(level_count) * step)) : 0.0f;
   call.below_level_count = std::nextafter(static_cast<float>(level_count), 0.0f);
@@ -134,7 +146,6 @@ inline Launch launch_of(
   STD_TORCH_CHECK(first_steps.size(0) == heads && order.size(1) == MAX_GROUPS, "the layout is for other heads");
   STD_TORCH_CHECK(
       0 < warps && launch.threads <= MAX_THREADS && 0 < parts, "a block has 1 to ", MAX_THREADS, " threads");
-  STD_TORCH_CHECK(scale > 0.0 && level_count <= MAX_LEVELS, "the scale must be positive, the levels at most 256");
   return launch;
 }
 

@@ -57,7 +57,6 @@ struct AttentionCall {
   const int32_t* cu_seqlens;
   bool causal;
   float scale_log2;         // positive
-  const uint16_t* levels;   // elements, at least 8
   int32_t level_count;      // 0: no rounding
   float level_rate;         // 1 / (level_count * width of a bin in log2(p))
   float below_level_count;  // the largest float32 below level_count
@@ -65,6 +64,7 @@ struct AttentionCall {
   int64_t lse_batch, lse_head;
   int32_t parts;  // blocks that share the groups of a head
   SharedMemory memory;
+  uint32_t levels[MAX_LEVELS / 2];  // pairs of elements
 };
 
 }  // namespace sparse_attn

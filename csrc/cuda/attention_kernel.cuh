@@ -242,6 +242,9 @@ class Warp {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       multiply_keys<ELEMENT, HEAD_DIM>(query, shared + (word[step] >> 16), lane, scores[step]);
+    }
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
       if (first + step >= group.masked()) {
         prune(word[step], scores[step]);
       }

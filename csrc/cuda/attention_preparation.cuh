@@ -5,6 +5,8 @@
 
 namespace sparse_attn {
 
+constexpr int COPIES_AT_ONCE = 8;
+
 // Where a head of a sequence lies, the ends of its real rows and keys, and the end of the rows that are stored.
 struct Place {
   int sequence, first_token, head, rows_end, rows_stored, keys_end;
@@ -81,9 +83,8 @@ class Preparation {
       prefetch(queries + row * call.query.row);
     }
     if constexpr (ROUNDING == Rounding::Table) {
-      const auto* levels = reinterpret_cast<const uint32_t*>(call.levels);
       for (int pair = thread; pair < call.level_count / 2; pair += thread_count()) {
-        store_shared(shared + call.memory.table + 4 * pair, levels[pair]);
+        store_shared(shared + call.memory.table + 4 * pair, call.levels[pair]);
       }
     }
     if (thread < 32) {
@@ -92,15 +93,34 @@ class Preparation {
   }
 
  private:
-  // Keys that are padding may hold anything: zeros take their place.
+  // A thread always takes the same piece of a row. The compiler moves no copy: what several of them need is read before
+  // the first of these. Keys that are padding may hold anything, and zeros take their place.
   SPARSE_ATTN_DEVICE void copy_rows(const Rows& rows, uint32_t to) const {
-    const char* from = row_of(rows, place.sequence, place.head, place.first_token);
+    const int chunk = thread_number() % CHUNKS, stride = thread_count() / CHUNKS;
+    const char* from = row_of(rows, place.sequence, place.head, place.first_token) + 16 * chunk;
     const uint8_t* swizzles = call.lists.swizzles + place.head * call.lists.keys;
-#pragma unroll 4
-    for (int piece = thread_number(); piece < place.keys_end * CHUNKS; piece += thread_count()) {
-      const int row = piece / CHUNKS, chunk = piece % CHUNKS;
-      const bool padding = key_padding && !key_padding[row];
-      copy_async(to + row * ROW_BYTES + ((chunk ^ swizzles[row]) << 4), from + row * rows.row + 16 * chunk, padding);
+#pragma unroll 1
+    for (int first = thread_number() / CHUNKS; first < place.keys_end; first += COPIES_AT_ONCE * stride) {
+      int place_of_chunk[COPIES_AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < COPIES_AT_ONCE; ++i) {
+        const int row = min(first + i * stride, place.keys_end - 1);
+        place_of_chunk[i] = (row * CHUNKS + (chunk ^ swizzles[row])) * 16;
+      }
+      bool padding[COPIES_AT_ONCE] = {};
+      if (key_padding) {
+#pragma unroll
+        for (int i = 0; i < COPIES_AT_ONCE; ++i) {
+          padding[i] = !key_padding[min(first + i * stride, place.keys_end - 1)];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < COPIES_AT_ONCE; ++i) {
+        const int row = first + i * stride;
+        if (row < place.keys_end) {
+          copy_async(to + place_of_chunk[i], from + row * rows.row, padding[i]);
+        }
+      }
     }
   }
 

@@ -210,12 +210,10 @@ class Rounder {
     offset[0] = 1.0f - state.lse2(0) * call.level_rate;
     offset[1] = 1.0f - state.lse2(1) * call.level_rate;
     if constexpr (ROUNDING == Rounding::EightLevels) {
-      uint32_t levels[4];
-      load_words(call.levels, true, levels);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        low[half] = choose_bytes(levels[2 * half], levels[2 * half + 1], 0x6420);
-        high[half] = choose_bytes(levels[2 * half], levels[2 * half + 1], 0x7531);
+        low[half] = choose_bytes(call.levels[2 * half], call.levels[2 * half + 1], 0x6420);
+        high[half] = choose_bytes(call.levels[2 * half], call.levels[2 * half + 1], 0x7531);
       }
     }
     table = shared + call.memory.table - 2 * FIRST_NUMBER;

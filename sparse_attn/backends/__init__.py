@@ -2,8 +2,9 @@
 
 NAME               what `backend=` calls it
 unsupported        (call, training) -> reasons why it cannot compute this call; empty if it can
-layout_arguments   (layout, head_dim, dtype, rounded, training) -> the tensors, and integers, that its kernels want of a
-                   layout; asked for once for each combination
+layout_arguments   (layout, head_dim, dtype, table, training) -> the tensors, and integers, that its kernels want of a
+                   layout and a quantiser (or None); asked for once for each combination, before what is compiled or
+                   captured: a call itself makes no tensor that outlives it
 BACKWARD_USES_LSE  whether training needs the forward's log-sum-exp
 
 and has registered its forward (and backward) with `sparse_attn.ops`.

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import extension
 from ..layout import SparseLayout
 from ..ops import AttentionCall, register_backend
+from ..quantization import QuantizationTable
 from . import native_cpu, native_cuda
 
 NAME = "native"
@@ -35,10 +36,10 @@ def _missing() -> str | None:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The lists of the layout as the kernels for its device want them."""
-    return _kernels(layout.device).layout_arguments(layout, head_dim, dtype, rounded, training)
+    return _kernels(layout.device).layout_arguments(layout, head_dim, dtype, table, training)
 
 
 def known_to_be_faster(

@@ -11,7 +11,7 @@ from .. import extension
 from ..dropout import drop_threshold
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape
-from ..quantization import log_table
+from ..quantization import QuantizationTable, log_table
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
@@ -50,7 +50,7 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The column lists for 16 queries; in training also those for 16 keys."""
     all_lists = [layout.lists(_ROWS, transposed) for transposed in ((False, True) if training else (False,))]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -18,29 +16,32 @@ HEAD_DIMS = (32, 64)
 _DTYPES = (torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)  # compute capability
 _ALIGNMENT = 8  # elements: rows are read in pieces of 16 bytes
-_LEAST_LEVELS = 8
 
 torch.library.define(
     "sparse_attn::native_attention_cuda",
     "(Tensor query, Tensor key, Tensor value, Tensor words, Tensor first_steps, Tensor counts, Tensor order, "
     "Tensor swizzles, bool full, Tensor? query_lengths, Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, "
-    "int max_length, float scale, Tensor levels, int level_count, float step, bool causal, int warps, int parts, "
-    "int stream, Tensor(a!) output, Tensor(b!) lse) -> ()",
+    "int max_length, float scale, float[] levels, float step, bool causal, int warps, int parts, int stream, "
+    " Tensor(a!) output, Tensor(b!) lse) -> ()",
 )
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace how the extension is loaded
 def built() -> bool:
     """Whether the extension has kernels for GPUs."""
     name = "sparse_attn::native_attention_cuda"
     return extension.available() and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace how the extension is loaded
+def _built_without() -> bool:
+    return extension.available() and not built()
+
+
 def refusals(call: AttentionCall, training: bool) -> list[str]:
     """Why the kernel cannot compute `call`; empty if it can."""
     query, device = call.query, call.query.device
     reasons = []
-    if extension.available() and not built():
+    if _built_without():
         reasons.append("the extension was built without nvcc; install CUDA's compiler and build sparse_attn again")
     if training:
         reasons.append("the kernel has no backward pass")
@@ -57,15 +58,14 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
         reasons.append(f"the scale {call.scale} is not positive")
     for name, tensor in (("query", query), ("key", call.key), ("value", call.value)):
         if not _rows_are_aligned(tensor):
-            reasons.append(f"rows of the {name} do not start at multiples of {2 * _ALIGNMENT} bytes")
+            reasons.append(f"rows of the {name} are not multiples of {2 * _ALIGNMENT} bytes apart")
     if device.type == "cuda" and not reasons:
         reasons += _gpu_refusals(device, min(longest, MAX_LENGTH), query.shape[-1])
     return reasons
 
 
 def _rows_are_aligned(tensor: Tensor) -> bool:
-    numbers = (tensor.storage_offset(), *tensor.stride()[:-1])
-    return tensor.stride(-1) == 1 and all(number % _ALIGNMENT == 0 for number in numbers)
+    return tensor.stride(-1) == 1 and all(stride % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
 
 
 def _gpu_refusals(device: torch.device, length: int, head_dim: int) -> list[str]:
@@ -84,7 +84,6 @@ _EXTRA_SHARED_BYTES = 2048  # at most, for what lies beside keys and values
 
 
 @torch.compiler.assume_constant_result
-@lru_cache
 def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and the shared memory that one block can have in bytes."""
     properties = torch.cuda.get_device_properties(device)
@@ -92,12 +91,12 @@ def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The fragment lists, and how a head is cut into blocks and warps. Raises ValueError for other head_dims."""
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"the native kernel for GPUs takes head_dims {HEAD_DIMS}, not {head_dim}")
-    return configured_arguments(layout, head_dim, dtype, choice(layout, head_dim, dtype, rounded))
+    return configured_arguments(layout, head_dim, dtype, choice(layout, head_dim, dtype, table is not None))
 
 
 def choice(layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool) -> BlockConfig:
@@ -108,7 +107,8 @@ def choice(layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: boo
 
 def known_to_be_faster(layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool) -> bool:
     """Whether the kernel was measured to beat the Triton kernel on this GPU, for problems like this one."""
-    return head_dim in HEAD_DIMS and dtype in _DTYPES and choice(layout, head_dim, dtype, rounded).faster
+    computes = head_dim in HEAD_DIMS and dtype in _DTYPES and layout.key_len <= MAX_LENGTH
+    return computes and choice(layout, head_dim, dtype, rounded).faster
 
 
 def configured_arguments(
@@ -125,20 +125,14 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     full, warps, parts = call.layout_sizes
     table = call.table
     torch.ops.sparse_attn.native_attention_cuda(
-        call.query, call.key, call.value, *call.layout, bool(full), call.query_lengths, call.key_lengths,
-        call.key_padding, call.cu_seqlens, call.max_length, call.scale, levels_on(table, call.query),
-        len(table.levels) if table else 0, table.step if table else 1.0, call.causal, warps, parts,
+        _aligned(call.query), _aligned(call.key), _aligned(call.value), *call.layout, bool(full), call.query_lengths,
+        call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.scale,
+        list(table.levels) if table else [], table.step if table else 1.0, call.causal, warps, parts,
         torch.cuda.current_stream(call.query.device).cuda_stream, output, lse,
     )  # fmt: skip
     return output, lse
 
 
-def levels_on(table: QuantizationTable | None, query: Tensor) -> Tensor:
-    """The table's values in the dtype and on the device of the query, at least 8."""
-    return _levels(table.levels if table else (), query.dtype, query.device)
-
-
-@lru_cache(maxsize=64)
-def _levels(levels: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    padded = (*levels, *[0.0] * (_LEAST_LEVELS - len(levels)))
-    return torch.tensor(padded, dtype=dtype, device=device)
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its memory does not start at a multiple of 16 bytes."""
+    return tensor if tensor.data_ptr() % (2 * _ALIGNMENT) == 0 else tensor.clone()

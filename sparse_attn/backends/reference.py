@@ -23,7 +23,7 @@ from torch import Tensor
 from ..dropout import dropout_keep
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
-from ..quantization import quantize
+from ..quantization import QuantizationTable, quantize
 
 NAME = "reference"
 BACKWARD_USES_LSE = False
@@ -35,7 +35,7 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     return [layout.keep()], ()
 

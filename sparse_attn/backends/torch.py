@@ -29,7 +29,7 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     return [layout.bias()], ()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import astuple
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,17 +72,22 @@ def interpreting() -> bool:
 
 
 def layout_arguments(
-    layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
+    layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """Lists and configuration of the forward kernel; in training also those of the two backward kernels."""
+    """Lists and configuration of the forward kernel; in training also those of the two backward kernels. The levels of
+    a table come last, unless they can be computed."""
+    rounded = table is not None
     kinds = [(kernel, rounded and kernel == "forward") for kernel in (KERNELS if training else KERNELS[:1])]
     facts = (head_dim, dtype.itemsize, layout.key_len, layout.spread)
     configs = [choose(Problem(*kind, *facts), layout.device) for kind in kinds]
-    return configured_arguments(layout, configs)
+    tensors, sizes = configured_arguments(layout, configs)
+    if table is not None and not _mid_points(table):
+        tensors.append(torch.tensor(table.levels, dtype=torch.float32, device=layout.device))
+    return tensors, sizes
 
 
 def configured_arguments(layout: SparseLayout, configs: list[KernelConfig]) -> tuple[list[Tensor], tuple[int, ...]]:
-    """What `layout_arguments` returns, for configurations of the kernels in the order of KERNELS."""
+    """Lists, and configurations of the kernels in the order of KERNELS."""
     tensors, sizes = [], []
     for kernel, config in zip(KERNELS, configs, strict=False):
         lists = layout.lists(config.rows, transposed=kernel == "grad_key_value", split=config.split)
@@ -129,16 +133,16 @@ def _kernel_arguments(call: AttentionCall, kernel: str) -> tuple[Lists, KernelCo
 def _rounding(call: AttentionCall) -> Rounding | None:
     from ..kernels.launch import Rounding
 
-    if call.table is None:
-        return None
     table = call.table
-    mid_points = table == log_table(table.bits, table.threshold)
-    return Rounding(_device_levels(table, call.query.device), mid_points, math.log2(table.threshold), table.step)
+    if table is None:
+        return None
+    levels = None if _mid_points(table) else call.layout[-1]
+    return Rounding(len(table.levels), levels, math.log2(table.threshold), table.step)
 
 
-@lru_cache(maxsize=64)
-def _device_levels(table: QuantizationTable, device: torch.device) -> Tensor:
-    return torch.tensor(table.levels, dtype=torch.float32, device=device)
+def _mid_points(table: QuantizationTable) -> bool:
+    """Whether its levels are the mid-points of their bins, as published."""
+    return table == log_table(table.bits, table.threshold)
 
 
 register_backend(NAME, forward, backward)

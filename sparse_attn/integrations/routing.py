@@ -71,9 +71,9 @@ class SparseAttentionState(nn.Module):
 
     def _prepare(self) -> None:
         if self.device.type != "meta":
-            rounded, training = self.table is not None, None if self.gradients else False
+            training = None if self.gradients else False
             for layout in self.layouts.values():
-                prepare(layout, self.head_dim, self.dtype, self.backend, rounded, training)
+                prepare(layout, self.head_dim, self.dtype, self.backend, self.table, training)
 
     def layout(self, layer: int | None, device: torch.device) -> SparseLayout:
         """The layout of a layer, by default of the only one: without its number, so that what is compiled for one

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparse_attn import QuantizationTable, SparseLayout, log_table, sparse_attention
+from sparse_attn import QuantizationTable, SparseLayout, sparse_attention
 from sparse_attn.backends import native_cuda
 from sparse_attn.kernels.configuration import BlockConfig
 from tests.helpers import assert_within_budget, random_inputs, random_layout
@@ -155,18 +156,37 @@ def test_refusals(device):
         (tensors, dict(query_offset=3), "neither dropout nor a query_offset"),
         (tensors, dict(scale=-1.0), "the scale -1.0 is not positive"),
         ([leaf, *tensors[1:]], {}, "no backward pass"),
-        (odd, {}, "rows of the query do not start at multiples of 16 bytes"),
+        (odd, {}, "rows of the query are not multiples of 16 bytes apart"),
     ):
         with pytest.raises(RuntimeError, match=reason):
             sparse_attention(*inputs, layout, backend="native", **arguments)
 
 
-def test_levels_are_rounded_to_the_dtype():
-    """Tables hold as many values as the kernel reads."""
-    query = torch.empty(1, dtype=torch.bfloat16)
-    assert native_cuda.levels_on(None, query).tolist() == [0.0] * 8
-    assert len(native_cuda.levels_on(log_table(2), query)) == 8
-    assert torch.equal(native_cuda.levels_on(log_table(5), query), torch.tensor(log_table(5).levels).bfloat16())
+def test_memory_that_starts_anywhere(device):
+    """Rows are read in pieces of 16 bytes: those that start elsewhere are copied before."""
+    layout = random_layout(2, 40, 0.5, device)
+    tensors = [torch.randn(1, 2, 40, 72).to(device, torch.float16)[..., 1:65] for _ in range(3)]
+    assert all(tensor.data_ptr() % 16 for tensor in tensors)
+    check(layout, tensors, bits=3)
+
+
+@pytest.mark.parametrize("bits", [None, 3, QuantizationTable(1e-2, (0.0, 0.03, 0.2, 0.7))])
+def test_compiles_once_for_all_lengths(device, bits):
+    layout = random_layout(2, 64, 0.5, device)
+
+    def attend(query, key, value):
+        return sparse_attention(query, key, value, layout, bits=bits, backend="native")
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for length in (9, 17, 32, 20):
+        tensors = random_inputs((2, 2, length, 64), torch.float16, device)
+        expected = attend(*tensors)  # compiles the layout the first time
+        assert torch.equal(compiled(*tensors), expected)
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

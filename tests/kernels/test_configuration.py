@@ -10,6 +10,7 @@ from sparse_attn import SparseLayout, sparse_attention
 from sparse_attn.backends import AUTOMATIC, automatic, native_cuda
 from sparse_attn.kernels import configuration
 from sparse_attn.kernels.configuration import KERNELS, BlockConfig, KernelConfig, Problem, TuningTable
+from sparse_attn.quantization import log_table
 from tests.helpers import DEVICE, assert_within_budget, gradients, random_inputs
 
 DEVICE_NAME = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
@@ -66,7 +67,7 @@ def test_every_configuration_computes_the_same(config, use_config, poisoned):
         ):
             result = sparse_attention(*tensors, used, backend="triton", **arguments)
             assert_within_budget(result, *tensors, used, **arguments)
-    tensors, sizes = layout.arguments["triton", 32, torch.float32, True, False]
+    tensors, sizes = layout.arguments["triton", 32, torch.float32, log_table(3), False]
     assert len(tensors) == 4 and sizes[1:4] == (config.rows, config.columns, config.num_warps)
     assert tensors[0].shape[1] == 1 + config.split
 
