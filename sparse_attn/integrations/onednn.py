@@ -24,7 +24,7 @@ _GELU_ALGORITHMS = {
     "GELUTanh": "tanh",
 }
 _MODE = "sparse_attention_onednn"
-_NEXT = "sparse_attention_next"  # of a linear layer: the activation that follows, and its algorithm
+_ALGORITHM = "sparse_attention_algorithm"  # of a linear layer, while its output goes to an activation: that one's
 _ACTIVATED = "sparse_attention_activated"  # of a tensor: the activation has been taken
 
 
@@ -54,8 +54,7 @@ def remove_onednn(encoder: Encoder) -> None:
         for module in stack.modules():
             if type(module) is OneDNNLinear:
                 module.__class__ = nn.Linear
-                module.__dict__.pop(_NEXT, None)
-            elif isinstance(module, _AfterOneDNNLinear):
+            elif isinstance(module, _Changed):
                 module.__class__ = module.original
 
 
@@ -71,7 +70,7 @@ def _recommended(stack: nn.Module) -> bool:
 
 
 class OneDNNLinear(nn.Linear):
-    """A linear layer that oneDNN computes where it can, and with it the activation that follows, if there is one.
+    """A linear layer that oneDNN computes where it can, and with it the activation that follows, if its block says so.
 
     A class, not a `forward` of each layer's own: torch.compile compiles layers that differ by objects one by one.
     """
@@ -79,35 +78,71 @@ class OneDNNLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _usable(self, input):
             return super().forward(input)
-        activation, algorithm = self.__dict__.get(_NEXT, (None, ""))
-        # What a hook would see between the two is left to them.
-        if activation is None or self._forward_hooks or activation._forward_pre_hooks:
+        algorithm = self.__dict__.get(_ALGORITHM)
+        if algorithm is None:
             return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
         output = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "gelu", [], algorithm)
         setattr(output, _ACTIVATED, True)
         return output
 
 
-class _AfterOneDNNLinear:
-    """What an activation becomes whose linear layer may have computed it already."""
+class _Changed:
+    """A module with another forward method, of a class made from this one and its own.
+
+    Attributes:
+        original: its own class.
+        names: a block's, of the linear layer and the activation that follows.
+    """
 
     original: type[nn.Module]
+    names: tuple[str, str]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # For copies and pickles: classes made at run time have no name to be found by.
+        return _new_changed, (type(self).__mro__[1], self.original, self.names), self.__dict__
+
+
+class _FusedActivation(_Changed):
+    """An activation whose linear layer may have computed it already."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input if getattr(input, _ACTIVATED, False) else super().forward(input)
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return _new_after_linear, (self.original,), self.__dict__
+
+class _FusingBlock(_Changed):
+    """A block that hands the output of a linear layer to an activation, and lets them be computed as one.
+
+    Who else calls the linear layer, such as an adapter around it, gets its own output.
+    """
+
+    def forward(self, *args, **kwargs):
+        linear, activation = (getattr(self, name) for name in self.names)
+        algorithm = _gelu_algorithm(activation)
+        # What a hook or another forward method would see between the two is left to them.
+        alone = type(linear) is OneDNNLinear and isinstance(activation, _FusedActivation) and algorithm is not None
+        if (
+            not alone
+            or torch.compiler.is_compiling()
+            or linear._forward_hooks
+            or activation._forward_pre_hooks
+            or "forward" in linear.__dict__
+            or "forward" in activation.__dict__
+        ):
+            return super().forward(*args, **kwargs)
+        linear.__dict__[_ALGORITHM] = algorithm
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            linear.__dict__.pop(_ALGORITHM, None)
 
 
 @cache
-def _after_linear(activation: type[nn.Module]) -> type[nn.Module]:
-    return type(f"OneDNN{activation.__name__}", (_AfterOneDNNLinear, activation), {"original": activation})
+def _changed(change: type[_Changed], original: type[nn.Module], names: tuple[str, str]) -> type[nn.Module]:
+    return type(f"OneDNN{original.__name__}", (change, original), {"original": original, "names": names})
 
 
-def _new_after_linear(activation: type[nn.Module]) -> nn.Module:
-    """For copies and pickles: classes made at run time have no name to be found by."""
-    cls = _after_linear(activation)
+def _new_changed(change: type[_Changed], original: type[nn.Module], names: tuple[str, str]) -> nn.Module:
+    cls = _changed(change, original, names)
     return cls.__new__(cls)
 
 
@@ -116,13 +151,12 @@ def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:
     linears = {module for module in untouched if type(module) is nn.Linear}
     for linear in linears:
         linear.__class__ = OneDNNLinear
-    for block in stack.modules():
+    for block in untouched:
         linear, activation = (getattr(block, name, None) for name in feed_forward)
-        algorithm = _gelu_algorithm(activation)
-        if linear in linears and activation in untouched and algorithm:
-            linear.__dict__[_NEXT] = activation, algorithm  # not as a submodule
-            if not isinstance(activation, _AfterOneDNNLinear):
-                activation.__class__ = _after_linear(type(activation))
+        if linear in linears and activation in untouched and _gelu_algorithm(activation):
+            for module, change in ((block, _FusingBlock), (activation, _FusedActivation)):
+                if not isinstance(module, change):
+                    module.__class__ = _changed(change, type(module), feed_forward)
 
 
 def _gelu_algorithm(activation: object) -> str | None:
@@ -132,7 +166,12 @@ def _gelu_algorithm(activation: object) -> str | None:
 def _usable(module: nn.Linear, input: Tensor) -> bool:
     """The operator has no gradients and no autocast, and takes plain tensors of one dtype."""
     weight, bias = module.weight, module.bias
-    if torch.compiler.is_compiling() or type(input) is not Tensor or type(weight) is not nn.Parameter:
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(input) is not Tensor
+        or type(weight) is not nn.Parameter
+    ):
         return False
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -48,8 +48,9 @@ def patch_bert(
         bits: 1 to 8 rounds attention probabilities; None does not. See `sparse_attention`.
         backend: "auto", or the backend that must be used.
         unpad: whether padding tokens leave before the first layer and come back as zeros after the last, so that no
-            layer works on them. None: in eval mode, but not where `torch.compile` or a CUDA graph wants shapes that do
-            not depend on data (compile the layers, `layer.compile()`, to have both). If they stay, their hidden states
+            layer works on them. None: in eval mode, but not where `torch.compile` wants shapes that do not depend on
+            data (compile the layers, `layer.compile()`, to have both); capturing a CUDA graph, which does too, is
+            refused: pass False for that. If they stay, their hidden states
             are not meaningful. With a key-value cache, cross-attention or chunked feed-forward layers they stay.
 
     Returns:

@@ -64,15 +64,21 @@ def _drop_padding(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 def _possible(stack: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
     """A key-value cache, another sequence to look at and feed-forward layers in chunks want padded tensors; tracing
-    and capturing want shapes that do not depend on data."""
+    wants shapes that do not depend on data. Raises RuntimeError while a CUDA graph is captured, which does too."""
     if kwargs.get("past_key_values") is not None or kwargs.get("encoder_hidden_states") is not None:
         return False
     if any(getattr(module, "chunk_size_feed_forward", 0) for module in stack.modules()):
         return False
     if getattr(stack, _MODE) is not None:
         return True
-    capturing = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (stack.training or torch.compiler.is_compiling() or capturing)
+    if stack.training or torch.compiler.is_compiling():
+        return False
+    if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, whose shapes do not depend on data, but padding leaves this model: what "
+            "ran to warm up was another pass. Pass unpad=False to patch_bert or patch_model, then warm up and capture"
+        )
+    return True
 
 
 def _restore_padding(stack: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

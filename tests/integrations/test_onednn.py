@@ -121,6 +121,63 @@ def test_hooks_see_what_they_are_put_on(bert):
     torch.testing.assert_close(seen[0][1], torch.nn.functional.linear(seen[0][0], block.dense.weight, block.dense.bias))
 
 
+class Adapter(torch.nn.Module):
+    """Adds to a layer, as LoRA does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, input):
+        return self.base_layer(input) + input.sum(-1, keepdim=True)
+
+
+def replaced_by_an_adapter(block):
+    block.dense = Adapter(block.dense)
+
+
+def replaced_activation(block):
+    block.intermediate_act_fn = torch.nn.ReLU()
+
+
+def other_forward(block):
+    linear = block.dense
+    block.dense.forward = lambda input: 2 * type(linear).forward(linear, input)
+
+
+@pytest.mark.parametrize("change", [replaced_by_an_adapter, replaced_activation, other_forward])
+def test_layers_that_are_changed_after_patching(bert, change):
+    """GELU is fused only where the block still hands the layer's own output to it."""
+    twin, inputs = copy.deepcopy(bert), padded_inputs()
+    patch_model(bert, MASK, onednn=True)
+    patch_model(twin, MASK, onednn=False)
+    for model in (bert, twin):
+        for layer in model.encoder.layer:
+            change(layer.intermediate)
+    ours, theirs = operators_of(bert, inputs)[0], operators_of(twin, inputs)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_called_by_itself_is_linear(bert):
+    patch_model(bert, MASK, onednn=True)
+    linear = bert.encoder.layer[0].intermediate.dense
+    input = torch.randn(4, 2, linear.in_features)
+    operators_of(bert, padded_inputs())
+    with torch.no_grad():
+        output = linear(input)
+    torch.testing.assert_close(output, torch.nn.functional.linear(input, linear.weight, linear.bias))
+
+
+def test_can_be_traced(bert):
+    patch_model(bert, MASK, onednn=True, unpad=False)
+    inputs = padded_inputs()
+    with torch.no_grad():
+        expected = bert(**inputs).last_hidden_state
+        block = bert.encoder.layer[0].intermediate
+        traced = torch.jit.trace(block, expected)
+        torch.testing.assert_close(traced(expected), block(expected), atol=1e-5, rtol=1e-5)
+
+
 def test_forward_methods_of_others_are_left_alone(bert):
     linear = bert.encoder.layer[0].attention.self.query
     linear.forward = own = lambda input: torch.nn.Linear.forward(linear, input)
