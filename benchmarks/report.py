@@ -26,7 +26,7 @@ from .squad.summary import has_baseline
 from .squad.summary import heading as squad_heading
 from .squad.summary import summary_lines as squad_summary_lines
 from .squad.table import measured_lines as squad_lines
-from .squad.table import published_lines
+from .squad.table import published_lines, sparse_training
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -44,6 +44,8 @@ def squad_summary(folder: Path) -> str:
         if not has_baseline(results):
             continue
         lines += [f"{squad_heading(results)} ({results['device']}):", "", *squad_summary_lines(results), ""]
+        training = sparse_training(results)
+        lines += [training, ""] if training else []
         lines += [f"File: [{_name(path, folder)}]({_name(path, folder)})", ""]
     return "\n".join([*lines, *published_lines()])
 

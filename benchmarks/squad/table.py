@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..pages import ABSENT, print_uncut, table_lines
+from .command import command_line
 
 COLUMNS = (
     "variant",
@@ -164,6 +165,7 @@ def measured_lines(results: dict[str, Any]) -> list[str]:
         f"- Device: {results['device']}; commit {results['commit'] or 'unknown'}; {results['date']}",
         f"- Model: {results['model']}; data: {data['name']}, {data['questions']} questions in "
         f"{data['windows']} windows of {data['tokens']:,} tokens",
+        f"- Command: `{command_line(arguments)}`",
         f"- {arguments['dtype']}, {_batches(arguments)}, sorted by length",
         f"- Seconds: the model's pass over all windows, median of {arguments['repeats']} after one to warm up",
         *_apart(results),
@@ -202,17 +204,25 @@ def _unmeasured(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def sparse_training(results: dict[str, Any]) -> str:
+    """How the sparse rows got other weights than the dense ones, or ""."""
+    checkpoints = results["checkpoints"]
+    trained = [made for name, made in checkpoints.items() if name.startswith("sparse") and made != checkpoints["dense"]]
+    if not trained:
+        return ""
+    epochs = len(trained[0]["losses"])
+    how = f"{trained[0].get('how') or 'trained'} for {epochs} epoch{'s' if epochs > 1 else ''}"
+    return f"Sparse rows: the dense rows' weights, {how} with the mask applied."
+
+
 def _notes(results: dict[str, Any]) -> list[str]:
     """What a reader must know to compare the rows."""
     notes = []
     if results.get("random_weights"):
         notes.append("Random weights: EM and F1 are absent, and only time and memory mean anything.")
-    checkpoints = results["checkpoints"]
-    trained = [made for name, made in checkpoints.items() if name.startswith("sparse") and made != checkpoints["dense"]]
-    if trained:
-        epochs = len(trained[0]["losses"])
-        how = f"{trained[0].get('how') or 'trained'} for {epochs} epoch{'s' if epochs > 1 else ''}"
-        notes.append(f"Sparse rows: the dense rows' weights, {how} with the mask applied.")
+    training = sparse_training(results)
+    if training:
+        notes.append(training)
         if any(sweep["name"] == "sparsity" for sweep in results.get("sweeps", ())):
             notes.append("Sweep over sparsity: the dense rows' weights, pruned without any training.")
     misplaced = results["data"].get("misplaced_answers")

@@ -1,7 +1,10 @@
 """What the command refuses: one line, and exit status 2."""
 
+import json
+import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from benchmarks.squad import __main__ as squad
 from benchmarks.squad import checkpoints
+from benchmarks.squad.command import command_line
 from benchmarks.squad.options import parse_options
 from benchmarks.squad.setting import read_setting
 from sparse_attn import GlobalMask
@@ -107,3 +111,22 @@ def test_bad_input_from_a_shell_shows_no_traceback(tmp_path):
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.splitlines()[-1].startswith("benchmarks.squad: error: absent.json: no such file")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--data", "some questions.json", "--granularity", "element,tile", "--finetune", "--seeds", "3"],
+        ["--bits", "none", "--variants", "eager-padded,sparse-unpadded", "--sweep", "bits", "none,4"],
+        ["--sweep", "sparsity", "0.5,0.9", "--sweep", "bits", "8", "--recover", "distil", "--tokens-per-batch", "4096"],
+    ],
+)
+def test_results_tell_their_command(words):
+    options = parse_options(words)
+    arguments = {**vars(options), "sweep": [asdict(sweep) for sweep in options.sweep]}
+    arguments = {name: value for name, value in arguments.items() if name not in ("output", "cache")}
+    arguments = json.loads(json.dumps(arguments))
+    command = shlex.split(command_line(arguments))
+    assert command[:3] == ["python", "-m", "benchmarks.squad"] and sorted(command[3:]) == sorted(words)
+    assert parse_options(command[3:]) == options
