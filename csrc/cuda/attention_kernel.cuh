@@ -69,13 +69,16 @@ class Warp {
     const uint32_t entry = shared + call.memory.groups + 8 * turn;
     next.packed = uniform(load_shared(entry));
     next.first_step = uniform(load_shared(entry + 4));
-    // Of four neighbours each loads what becomes, transposed, one word of all four's left factors.
-    const int lane = computed_here(this->lane), row = next.first_row() + lane / 4 + 8 * (lane % 2);
-    const char* from = row_of(call.query, fact(SEQUENCE), fact(HEAD), fact(FIRST_TOKEN) + row) + lane / 2 % 2 * 16;
-    const bool exists = row < fact(ROWS_END);
+    const int lane = computed_here(this->lane), row = next.first_row() + lane / 4, rows_end = fact(ROWS_END);
+    const char* from = row_of(call.query, fact(SEQUENCE), fact(HEAD), fact(FIRST_TOKEN) + row) + lane % 4 * 4;
 #pragma unroll
-    for (int part = 0; part < HEAD_DIM / 16; ++part) {
-      load_words(from + 32 * part, exists, query[part]);
+    for (int i = 0; i < 4; ++i) {
+      const char* half = from + i / 2 * 16 + i % 2 * 8 * call.query.row;
+      const bool exists = row + i % 2 * 8 < rows_end;
+#pragma unroll
+      for (int part = 0; part < HEAD_DIM / 16; ++part) {
+        query[part][i] = load_word(half + 32 * part, exists);
+      }
     }
     read_words<HELD_STEPS>(next, 0, words);
     return true;
@@ -147,10 +150,6 @@ class Warp {
   }
 
   SPARSE_ATTN_DEVICE void attend(const Group& group, RowState& state, Output<HEAD_DIM>& output) {
-#pragma unroll
-    for (int part = 0; part < HEAD_DIM / 16; ++part) {
-      transpose_neighbours(query[part], lane);
-    }
     clear<HEAD_DIM>(output);
     // A kernel of its own for every length up to HELD_STEPS.
     switch (group.steps()) {

@@ -90,17 +90,13 @@ SPARSE_ATTN_DEVICE uint32_t add_shared(uint32_t to, uint32_t word) {
   return before;
 }
 
-// 16 bytes from global memory that no kernel writes meanwhile, or zeros.
-SPARSE_ATTN_DEVICE void load_words(const void* from, bool exists, uint32_t (&word)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    word[i] = 0;
-  }
+// 4 bytes from global memory that no kernel writes meanwhile, or zeros.
+SPARSE_ATTN_DEVICE uint32_t load_word(const void* from, bool exists) {
+  uint32_t word = 0;
   if (exists) {
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                 : "l"(from));
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(from));
   }
+  return word;
 }
 
 SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {

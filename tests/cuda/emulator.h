@@ -276,11 +276,11 @@ SPARSE_ATTN_DEVICE uint32_t add_shared(uint32_t to, uint32_t word) {
   return before;
 }
 
-SPARSE_ATTN_DEVICE void load_words(const void* from, bool exists, uint32_t (&word)[4]) {
-  if (exists && reinterpret_cast<uintptr_t>(from) % 16) {
-    emulator::fail("a load of 16 bytes is misaligned");
+SPARSE_ATTN_DEVICE uint32_t load_word(const void* from, bool exists) {
+  if (exists && reinterpret_cast<uintptr_t>(from) % 4) {
+    emulator::fail("a load of 4 bytes is misaligned");
   }
-  exists ? std::memcpy(word, from, 16) : std::memset(word, 0, 16);
+  return exists ? emulator::load<uint32_t>(from) : 0;
 }
 
 SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {
