@@ -8,6 +8,7 @@ ends: one layout serves every length.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -115,17 +116,24 @@ class SparseLayout:
         if (rows, transposed, split) not in self._lists:
             if rows not in ROWS:
                 raise ValueError(f"row groups of {rows} are not supported; choose one of {ROWS}")
-            keep = self._mask().transpose(1, 2) if transposed else self._mask()
-            self._lists[rows, transposed, split] = _compile(keep, rows, split).to(self.device)
+            self._lists[rows, transposed, split] = _compile(self._heads(transposed), rows, split).to(self.device)
         return self._lists[rows, transposed, split]
 
     def keep(self) -> torch.Tensor:
         """The mask itself: bool [heads, query_len, key_len], true = kept; made anew at every call."""
-        return self._mask().to(self.device)
+        keep = self._source.unpack() if isinstance(self._source, PackedMask) else self._source
+        return keep.to(self.device)
 
-    def _mask(self) -> torch.Tensor:
-        """The mask where it lies: on the CPU, or where a layout was made from a tensor elsewhere."""
-        return self._source.unpack() if isinstance(self._source, PackedMask) else self._source
+    def _heads(self, transposed: bool = False) -> Iterator[torch.Tensor]:
+        """The mask head by head, of which there is one at a time: bool [query_len, key_len], or [key_len, query_len].
+
+        They lie where lists are compiled: a layout on a GPU compiles its own, others where their mask lies.
+        """
+        for index in range(self.heads):
+            head = self._source[index]
+            keep = head.unpack() if isinstance(head, PackedMask) else head
+            keep = keep.to(self.device) if self.device.type == "cuda" else keep
+            yield keep.T if transposed else keep
 
     def bias(self) -> torch.Tensor:
         """The mask as a term for scores: float32 [heads, query_len, key_len], 0 where kept and -inf where pruned."""
@@ -137,7 +145,7 @@ class SparseLayout:
     def work(self, rows: int = 16) -> float:
         """Share of the dense work that a kernel with groups of `rows` queries does."""
         if rows not in self._work:
-            entries = sum(int(_group_counts(head, rows).count_nonzero()) for head in self._mask())
+            entries = int(sum(_group_counts(head, rows).count_nonzero() for head in self._heads()))
             self._work[rows] = entries / (self.heads * -(-self.query_len // rows) * self.key_len)
         return self._work[rows]
 
@@ -173,16 +181,17 @@ def _group_counts(keep: torch.Tensor, rows: int) -> torch.Tensor:
     return padded.view(groups, rows, -1).sum(1)
 
 
-def _compile(keep: torch.Tensor, rows: int, split: bool) -> ColumnLists:
-    heads, query_len, key_len = keep.shape
-    groups = -(-query_len // rows)
+def _compile(heads: Iterable[torch.Tensor], rows: int, split: bool) -> ColumnLists:
+    """The lists of heads bool [query_len, key_len], on their device; the same bits on every device."""
     words = -(-rows // BITS_PER_WORD)
-    blocks = -(-key_len // STOP_KEYS)
-    bit_weights = (1 << torch.arange(min(rows, BITS_PER_WORD), device=keep.device)).view(1, -1, 1)
-    real_rows = torch.full((groups, 1), rows, device=keep.device)
-    real_rows[-1] = query_len - (groups - 1) * rows
     head_entries, any_full, any_partial = [], False, False
-    for head in keep:  # head by head: the mask of a long sequence is large
+    for head in heads:  # one by one: the mask of a long sequence is large
+        query_len, key_len = head.shape
+        groups = -(-query_len // rows)
+        blocks = -(-key_len // STOP_KEYS)
+        bit_weights = (1 << torch.arange(min(rows, BITS_PER_WORD), device=head.device)).view(1, -1, 1)
+        real_rows = torch.full((groups, 1), rows, device=head.device)
+        real_rows[-1] = query_len - (groups - 1) * rows
         counts = _group_counts(head, rows)
         group, column = counts.nonzero(as_tuple=True)  # sorted by group, then by key
         padded = torch.nn.functional.pad(head, (0, 0, 0, groups * rows - query_len)).view(groups * words, -1, key_len)
@@ -207,7 +216,7 @@ def _compile(keep: torch.Tensor, rows: int, split: bool) -> ColumnLists:
         )
     starts = torch.nn.functional.pad(ends, (1, 0))[:-1].view(-1, parts, blocks)
     stops = torch.cat((starts, ends.view(-1, parts, blocks)[:, :, -1:]), dim=2)
-    lengths = torch.cat(counts).view(heads, groups, -1).sum(2)
+    lengths = torch.cat(counts).view(len(head_entries), groups, -1).sum(2)
     return ColumnLists(
         rows, stops.to(torch.int32), torch.cat(columns), torch.cat(row_bits), _orders(lengths),
         full=parts == 2 or not any_partial,

@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attn import GlobalMask, SparseLayout
+from sparse_attn.bitpacking import PackedMask
 from sparse_attn.layout import ROWS, STOP_KEYS, order_of
+from tests.helpers import CUDA
+
+LISTS = ("stops", "columns", "row_bits", "order")
 
 
 def rebuilt(layout: SparseLayout, rows: int, split: bool) -> torch.Tensor:
@@ -91,8 +95,45 @@ def test_transposed_lists_are_those_of_the_transposed_mask(rows):
     keep = torch.rand(2, 50, 70) < 0.3
     ours = SparseLayout(keep).lists(rows, transposed=True)
     theirs = SparseLayout(keep.transpose(1, 2)).lists(rows)
-    for name in ("stops", "columns", "row_bits", "order"):
+    for name in LISTS:
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(2, 50, 70), (3, 300, 1025)])
+def test_lists_compiled_on_a_gpu_are_the_same_bits(shape, transposed, split):
+    density = torch.rand(shape[0], shape[1], 1)
+    keep = torch.rand(shape) < density
+    keep[:, :, ::9] = True
+    on_cpu = SparseLayout(keep)
+    for on_gpu in [on_cpu.to("cuda"), SparseLayout(keep.cuda())]:  # moved before there are lists to move
+        for rows in ROWS:
+            ours, theirs = (one.lists(rows, transposed, split) for one in (on_gpu, on_cpu))
+            assert (ours.full, ours.parts) == (theirs.full, theirs.parts)
+            for name in LISTS:
+                assert getattr(ours, name).is_cuda and torch.equal(getattr(ours, name).cpu(), getattr(theirs, name))
+            assert on_gpu.work(rows) == on_cpu.work(rows)
+
+
+def test_layouts_elsewhere_have_lists_of_the_same_shapes():
+    """Where nothing can be computed, lists come from the mask on the CPU."""
+    layout = SparseLayout(torch.rand(2, 40, 50) < 0.3)
+    moved = layout.to("meta")
+    assert moved.lists(32).columns.device.type == moved.keep().device.type == "meta"
+    assert [getattr(moved.lists(32), name).shape for name in LISTS] == [
+        getattr(layout.lists(32), name).shape for name in LISTS
+    ]
+    assert moved.work(32) == layout.work(32) and moved.lists(32).full == layout.lists(32).full
+
+
+def test_heads_are_unpacked_one_by_one(monkeypatch):
+    shapes, unpack = [], PackedMask.unpack
+    monkeypatch.setattr(PackedMask, "unpack", lambda self: shapes.append(tuple(self.shape)) or unpack(self))
+    layout = SparseLayout(torch.rand(3, 20, 21) < 0.5)
+    layout.lists(16), layout.work(16)
+    assert shapes == [(20, 21)] * 6
 
 
 def test_work_is_what_a_kernel_touches():
