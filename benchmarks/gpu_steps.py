@@ -35,6 +35,7 @@ class Step:
         command: its words. "{seconds}" and "{minutes}" become the time for its work: its slot, less what starting and
             an orderly end take; "{begin_by}" the seconds after which it should begin nothing that takes long.
         share: of the time that is left, compared with the steps after it. What a step does not use, they get.
+        least: seconds that it gets all the same, while they are left; shares leave later steps theirs.
         environment: variables that it gets besides.
         copies: files to copy when it has ended, in whichever way: (from, to).
         skipped: why it is not run, or "".
@@ -43,6 +44,7 @@ class Step:
     name: str
     command: tuple[str, ...]
     share: float = 1.0
+    least: float = 0.0
     environment: Mapping[str, str] | None = None
     copies: tuple[tuple[Path, Path], ...] = ()
     skipped: str = ""
@@ -71,8 +73,10 @@ def run_steps(steps: Sequence[Step], seconds: float, folder: Path) -> Iterator[O
             yield Outcome(step.name, SKIPPED, step.skipped)
             continue
         left = end - time.monotonic()
-        shares = sum(other.share for other in steps[place:] if not other.skipped)
-        slot = left * step.share / shares
+        later = [other for other in steps[place + 1 :] if not other.skipped]
+        share = left * step.share / (step.share + sum(other.share for other in later))
+        unclaimed = left - sum(other.least for other in later)
+        slot = max(min(share, unclaimed), min(step.least, left))
         if slot < _LEAST_SECONDS:
             yield Outcome(step.name, SKIPPED, f"{max(0.0, left):.0f} s were left")
             continue

@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command and a fixed time: `python -m benchmarks.gpu_suite --help`.
 
-The extension's build, tests, tuning, the attention benchmark and SQuAD, in this order: each in a slot of the time.
-Asked for by name: random calls compared with float64, the native kernel under compute-sanitizer, and long documents. A
-step that fails does not stop those after it. All results lie in one folder: log.txt, summary.json, the tuning table,
-attention.json and so on.
+The extension's build, tests, tuning, the attention benchmark and SQuAD, in this order: each in a slot of the time, as
+long at least as what it needs in any case, while time is left. Asked for by name: random calls compared with float64,
+the native kernel under compute-sanitizer, and long documents. A step that fails does not stop those after it. All
+results lie in one folder: log.txt, summary.json, the tuning table, attention.json and so on.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def make_steps(options: Namespace, device: str, scratch: Path) -> list[Step]:
     # Where the package finds it: what is measured next runs with it.
     tuned = ((output / table, TABLES / table),)
     steps = [
-        Step("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), share=16),
-        Step("tests", _tests_command(), share=24, environment={"OMP_NUM_THREADS": "1"}),
-        Step("tune", _python("tune", "--minutes", "{minutes}", "--output", output / table), share=26, copies=tuned),
-        Step("native", _python("tune_native", "--output", output / table), share=9, copies=tuned),
-        Step("attention", _attention_command(output / "attention.json"), share=30),
+        Step("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), share=16, least=75),
+        Step("tests", _tests_command(), share=24, least=90, environment={"OMP_NUM_THREADS": "1"}),
+        Step("tune", _tune_command(output / table), share=26, least=120, copies=tuned),
+        Step("native", _python("tune_native", "--output", output / table), share=9, least=40, copies=tuned),
+        Step("attention", _attention_command(output / "attention.json"), share=30, least=100),
         _squad_step("squad", options, options.model, output, scratch, share=10),
         _squad_step("squad-shape", options, _SHAPE, output, scratch, share=10),
-        Step("random-triton", _random_command("triton", 500), share=20),
-        Step("random-native", _random_command("native", 500), share=8),
+        Step("random-triton", _random_command("triton", 500), share=20, least=110),
+        Step("random-native", _random_command("native", 500), share=8, least=45),
         *(_sanitizer_step(tool) for tool in SANITIZERS),
-        Step("long", _python("long", "--device", "cuda", "--seconds", "2", "--json", output / "long.json"), share=12),
+        Step("long", _long_command(output / "long.json"), share=12, least=120),
     ]
     wanted = chosen("--steps", options.steps or list(USUAL), list(NAMES))
     return [step for step in steps if step.name in wanted]
@@ -125,7 +125,7 @@ def _sanitizer_step(tool: str) -> Step:
     )  # fmt: skip
     # With a cache of memory, accesses past the end of a tensor would be inside of what the tool knows as allocated.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Step(tool, command, share=9, environment=uncached, skipped=_no_sanitizer())
+    return Step(tool, command, share=9, least=75, environment=uncached, skipped=_no_sanitizer())
 
 
 def _no_sanitizer() -> str:
@@ -135,6 +135,14 @@ def _no_sanitizer() -> str:
 
 def _attention_command(results: Path) -> tuple[str, ...]:
     return _python("attention", "--device", "cuda", "--budget", "{begin_by}", "--json", results)
+
+
+def _tune_command(table: Path) -> tuple[str, ...]:
+    return _python("tune", "--minutes", "{minutes}", "--output", table)
+
+
+def _long_command(results: Path) -> tuple[str, ...]:
+    return _python("long", "--device", "cuda", "--seconds", "2", "--json", results)
 
 
 def _random_command(backend: str, cases: int) -> tuple[str, ...]:
@@ -150,6 +158,7 @@ def _squad_step(name: str, options: Namespace, model: str | None, output: Path, 
         name,
         _python("squad", "--device", "cuda", "--dtype", "bfloat16", "--output", folder, *named),
         share=share,
+        least=90,
         copies=((folder / "results.json", output / f"{name}.json"),),
         skipped=_no_model(model),
     )

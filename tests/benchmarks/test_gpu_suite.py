@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_suite, random_check
-from benchmarks.gpu_steps import FAILED, LOG, OK, OUT_OF_TIME, SKIPPED, SUMMARY, Step, run_step, run_steps
+from benchmarks import gpu_steps, gpu_suite, random_check
+from benchmarks.gpu_steps import FAILED, LOG, OK, OUT_OF_TIME, SKIPPED, SUMMARY, Outcome, Step, run_step, run_steps
 from tests.helpers import CUDA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,6 +99,33 @@ def test_unused_time_goes_to_later_steps(tmp_path):
     assert (late.status, late.reason) == (SKIPPED, "0 s were left")
 
 
+def slots(steps, seconds, monkeypatch, used=1.0):
+    """The slots of steps that take `used` of theirs, without running anything."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_steps.time, "monotonic", lambda: now[0])
+
+    def run(step, slot, log):
+        now[0] += used * slot
+        return Outcome(step.name, OK, slot_seconds=slot)
+
+    monkeypatch.setattr(gpu_steps, "run_step", run)
+    return [outcome.slot_seconds for outcome in run_steps(steps, seconds, Path())]
+
+
+def test_steps_get_their_least_before_shares_are_dealt_out(monkeypatch):
+    def step(share, least):
+        return Step("step", (), share=share, least=least)
+
+    assert slots([step(1, 60), step(9, 0)], 100, monkeypatch) == [60, 40], "more than its share"
+    assert slots([step(9, 0), step(1, 60)], 100, monkeypatch) == [40, 60], "a share leaves later steps theirs"
+    assert slots([step(9, 10), step(1, 10)], 100, monkeypatch) == [90, 10], "shares where they are enough"
+    assert slots([step(1, 60), step(1, 60)], 100, monkeypatch) == [60, 40], "the last one gets what is left"
+    assert slots([step(1, 60), step(1, 60)], 50, monkeypatch)[0] == 50
+    assert slots([step(1, 60), step(1, 60)], 100, monkeypatch, used=0.5) == [60, 70]
+    skipped = Step("skipped", (), least=90, skipped="no GPU")
+    assert slots([step(1, 0), skipped], 100, monkeypatch) == [100, 0]
+
+
 def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     """Every module is there and takes the options that it gets."""
     from benchmarks import attention, long, tune, tune_native
@@ -114,6 +141,7 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     options.steps = list(gpu_suite.NAMES)
     steps = gpu_suite.make_steps(options, "Some GPU", tmp_path)
     assert [step.name for step in steps] == list(gpu_suite.NAMES) and not any(step.skipped for step in steps)
+    assert all(step.least >= 40 for step in steps)
     commands = {step.name: step.command for step in steps}
     assert commands["build"][1] == "setup.py" and commands["tests"][2] == "pytest"
     for step in steps:
