@@ -3,7 +3,7 @@
 The extension's build, tests, tuning, the attention benchmark and SQuAD, in this order: each in a slot of the time, as
 long at least as what it needs in any case, while time is left. Asked for by name: random calls compared with float64,
 the native kernel under compute-sanitizer, and long documents. A step that fails does not stop those after it. All
-results lie in one folder: log.txt, summary.json, the tuning table, attention.json and so on.
+results lie in one folder: log.txt, summary.json, the tuning table, attention.json, rows of SQuAD in squad/ and so on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.util
 import os
 import shutil
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -52,8 +51,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     return parser.parse_args(arguments)
 
 
-def make_steps(options: Namespace, device: str, scratch: Path) -> list[Step]:
-    """The steps asked for. `device` is the GPU's name, `scratch` a folder for what is not kept."""
+def make_steps(options: Namespace, device: str) -> list[Step]:
+    """The steps asked for. `device` is the GPU's name."""
     output = options.output.absolute()
     table = table_name(device)
     # Where the package finds it: what is measured next runs with it.
@@ -64,8 +63,8 @@ def make_steps(options: Namespace, device: str, scratch: Path) -> list[Step]:
         Step("tune", _tune_command(output / table), share=26, least=120, copies=tuned),
         Step("native", _python("tune_native", "--output", output / table), share=9, least=40, copies=tuned),
         Step("attention", _attention_command(output / "attention.json"), share=30, least=100),
-        _squad_step("squad", options, options.model, output, scratch, share=10),
-        _squad_step("squad-shape", options, _SHAPE, output, scratch, share=10),
+        _squad_step("squad", options, options.model, output, share=10),
+        _squad_step("squad-shape", options, _SHAPE, output, share=10),
         Step("random-triton", _random_command("triton", 500), share=20, least=110),
         Step("random-native", _random_command("native", 500), share=8, least=45),
         *(_sanitizer_step(tool) for tool in SANITIZERS),
@@ -79,14 +78,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the steps. Returns the exit status: 2 for input of no use, 1 where a step failed."""
     start = time.monotonic()
     options = parse_options(arguments)
-    with tempfile.TemporaryDirectory(prefix="sparse_attn-") as scratch:
-        try:
-            device = _gpu_name()
-            steps = make_steps(options, device, Path(scratch))
-        except ValueError as error:
-            print(f"benchmarks.gpu_suite: error: {error}", file=sys.stderr)
-            return 2
-        return _run(steps, options, device, start)
+    try:
+        device = _gpu_name()
+        steps = make_steps(options, device)
+    except ValueError as error:
+        print(f"benchmarks.gpu_suite: error: {error}", file=sys.stderr)
+        return 2
+    return _run(steps, options, device, start)
 
 
 def _run(steps: list[Step], options: Namespace, device: str, start: float) -> int:
@@ -150,8 +148,9 @@ def _random_command(backend: str, cases: int) -> tuple[str, ...]:
     return _python("random_check", *words)
 
 
-def _squad_step(name: str, options: Namespace, model: str | None, output: Path, scratch: Path, share: float) -> Step:
-    folder = scratch / name
+def _squad_step(name: str, options: Namespace, model: str | None, output: Path, share: float) -> Step:
+    """Its folder in `output` holds the rows of a run that is stopped, too; nothing large lies there."""
+    folder = output / name
     given = {"--model": model, "--data": options.data}
     named = [word for option, value in given.items() if value is not None for word in (option, value)]
     return Step(

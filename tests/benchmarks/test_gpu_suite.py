@@ -136,10 +136,10 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     parsers = {"tune": tune, "tune_native": tune_native, "attention": attention, "random_check": random_check}
     parsers["long"] = long
     options = gpu_suite.parse_options(["--output", str(tmp_path), "--model", "some/model"])
-    usual = gpu_suite.make_steps(options, "Some GPU", tmp_path)
+    usual = gpu_suite.make_steps(options, "Some GPU")
     assert [step.name for step in usual] == list(gpu_suite.USUAL)
     options.steps = list(gpu_suite.NAMES)
-    steps = gpu_suite.make_steps(options, "Some GPU", tmp_path)
+    steps = gpu_suite.make_steps(options, "Some GPU")
     assert [step.name for step in steps] == list(gpu_suite.NAMES) and not any(step.skipped for step in steps)
     assert all(step.least >= 40 for step in steps)
     commands = {step.name: step.command for step in steps}
@@ -154,8 +154,12 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
         assert parse(words) is not None
     assert all((ROOT / path).exists() for path in gpu_suite._IGNORED_TESTS)
     assert steps[2].copies == steps[3].copies and steps[2].copies[0][0] == tmp_path / "some-gpu.json"
+    for step in steps:
+        if step.name.startswith("squad"):
+            assert step.command[step.command.index("--output") + 1] == str(tmp_path / step.name)
+            assert step.copies == ((tmp_path / step.name / "results.json", tmp_path / f"{step.name}.json"),)
     options.steps = ["squad", "tests"]
-    assert [step.name for step in gpu_suite.make_steps(options, "Some GPU", tmp_path)] == ["tests", "squad"]
+    assert [step.name for step in gpu_suite.make_steps(options, "Some GPU")] == ["tests", "squad"]
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU")
