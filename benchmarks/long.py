@@ -2,23 +2,26 @@
 
 The model has BERT-base's shape with 4,096 positions and random weights, the masks keep 10 % of the positions: a band,
 global tokens and stripes of keys. Attention is about half of the dense arithmetic at that length. Times are taken in
-turns in one process, peak memory in a process for each variant. Prints a table and writes JSON.
+turns in one process, peak memory after that: in the same process on a GPU, in one for each variant on a CPU. Writes
+JSON when the times are there and again after every figure of memory, and prints a table.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .device import circumstances, pick_device
-from .long_variants import Document, Variant, Wrong, check, inputs_of, make, variants_on
-from .measure import peak_memory
+from .long_variants import Document, Variant, Wrong, check, forget_layouts, inputs_of, make, variants_on
+from .measure import current_memory, peak_memory
 from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, names, positive
 from .pages import ABSENT, Table, complete_files
 from .timing import make_timer, percentiles, time_in_turns
@@ -55,17 +58,31 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     variants = [one for one in known if one.name in wanted]
     rows, failures = measure(document, variants, options.seconds)
-    results = {
+    results: dict[str, Any] = {
         **circumstances(device),
         "document": {name: value for name, value in vars(document).items() if name != "device_type"},
-        "rows": rows,
+        "rows": list(rows.values()),
         "failures": failures,
     }
+    _write(results, options.json)
+    for variant, row in rows.items():
+        try:
+            row["peak_memory_bytes"] = _memory(document, variant)
+        except RuntimeError as error:  # no memory left, or a process that was killed
+            failures.append(_failure(variant, error, "peak memory: "))
+        _write(results, options.json)
     table(results).print()
-    with complete_files(options.json.parent) as unfinished:
-        (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(options.json)
     return int(bool(failures))
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    with complete_files(path.parent) as unfinished:
+        (unfinished / path.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _failure(variant: Variant, error: Exception, what: str = "") -> dict[str, str]:
+    return {"variant": variant.label, "reason": what + " ".join(str(error).split())}
 
 
 def _document(options: Namespace, device: torch.device) -> Document:
@@ -82,8 +99,8 @@ def _document(options: Namespace, device: torch.device) -> Document:
 
 def measure(
     document: Document, variants: list[Variant], seconds: float
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows in the order of `variants`, and what failed."""
+) -> tuple[dict[Variant, dict[str, Any]], list[dict[str, str]]]:
+    """Rows in the order of `variants`, still without peak memory, and what failed."""
     device = torch.device(document.device_type)
     inputs, timer, calls, failures = inputs_of(document), make_timer(device), {}, []
     for variant in variants:
@@ -92,34 +109,42 @@ def measure(
             forward = make(document, variant)
             calls[variant] = timer.prepare(lambda forward=forward: forward(inputs), seconds)
         except (Wrong, RuntimeError, ImportError, ValueError) as error:
-            failures.append({"variant": variant.label, "reason": " ".join(str(error).split())})
+            failures.append(_failure(variant, error))
     time_in_turns(timer, list(calls.values()), [seconds] * len(calls))
-    rows = []
+    rows = {}
     for variant, timed in calls.items():
         if timed.failure is not None:
-            failures.append({"variant": variant.label, "reason": str(timed.failure)})
+            failures.append(_failure(variant, timed.failure))
             continue
         p20, p50, p80 = (milliseconds / 1e3 for milliseconds in percentiles(timed.milliseconds))
-        rows.append(
-            {
-                "variant": variant.name, "mask": variant.mask, "bits": variant.bits, "dtype": document.dtype,
-                "p20_s": p20, "p50_s": p50, "p80_s": p80, "tokens_per_second": document.batch * document.length / p50,
-                "peak_memory_bytes": _in_own_process(document, variant),
-            }
-        )  # fmt: skip
+        rows[variant] = {
+            "variant": variant.name, "mask": variant.mask, "bits": variant.bits, "dtype": document.dtype,
+            "p20_s": p20, "p50_s": p50, "p80_s": p80, "tokens_per_second": document.batch * document.length / p50,
+            "peak_memory_bytes": None,
+        }  # fmt: skip
     return rows, failures
 
 
-def _in_own_process(document: Document, variant: Variant) -> int:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(memory_of, document, variant).result()
-
-
-def memory_of(document: Document, variant: Variant) -> int:
+def _memory(document: Document, variant: Variant) -> int:
     """Peak memory of one pass in bytes, the model included; on a CPU also Python and its libraries."""
-    device = torch.device(document.device_type)
+    if document.device_type == "cuda":
+        return _memory_here(document, variant)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, document, variant).result()
+
+
+def _memory_here(document: Document, variant: Variant) -> int:
+    """As in a process of its own: nothing of other variants counts, and what they share is made again."""
+    forget_layouts()
+    torch.compiler.reset()
+    gc.collect()
+    held = current_memory(torch.device(document.device_type))  # by libraries: workspaces
+    return _peak(document, variant) - held
+
+
+def _peak(document: Document, variant: Variant) -> int:
     forward, inputs = make(document, variant), inputs_of(document)
-    return peak_memory(lambda: forward(inputs), device)
+    return peak_memory(lambda: forward(inputs), torch.device(document.device_type))
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -130,7 +155,7 @@ def table(results: dict[str, Any]) -> Table:
         [
             row["variant"], row["mask"], ABSENT if row["bits"] is None else str(row["bits"]), f"{row['p50_s']:.3f}",
             f"{row['tokens_per_second']:,.0f}", ABSENT if plain is None else f"{plain / row['p50_s']:.2f}x",
-            f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+            ABSENT if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         ]
         for row in rows
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from sparse_attn import GlobalMask, patch_bert
+from sparse_attn.bitpacking import PackedMask
 
 from .synthetic_masks import synthetic_mask
 
@@ -128,8 +129,18 @@ def _model(document: Document, attention: str) -> BertModel:
     return model.to(document.device_type, getattr(torch, document.dtype))
 
 
+def forget_layouts() -> None:
+    """Frees the lists of all masks that no model uses any more; they are compiled again when needed."""
+    _mask.cache_clear()
+
+
 @cache
 def _mask(document: Document, granularity: str, length: int) -> GlobalMask:
+    return GlobalMask(_packed_mask(document, granularity, length))
+
+
+@cache
+def _packed_mask(document: Document, granularity: str, length: int) -> PackedMask:
     heads = _BERT_BASE["num_attention_heads"]
     keep = synthetic_mask(granularity, torch.device("cpu"), heads, length, document.density)
-    return GlobalMask(keep.expand(document.layers, -1, -1, -1))
+    return PackedMask.pack(keep.expand(document.layers, -1, -1, -1))

@@ -1,17 +1,27 @@
 """`python -m benchmarks.long`, on short documents."""
 
 import json
+import weakref
 
 import pytest
 import torch
 
 from benchmarks import long, long_variants
 from benchmarks.long_variants import Document, Variant, Wrong, check, variants_on
+from benchmarks.pages import ABSENT
+from tests.helpers import CUDA
 
 
 def test_measures_every_variant(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(long, "_in_own_process", lambda document, variant: 10**9)
-    out = tmp_path / "long.json"
+    out, written = tmp_path / "long.json", []
+
+    def memory(document, variant):
+        written.append([row["peak_memory_bytes"] for row in json.loads(out.read_text())["rows"]])
+        if variant.bits:
+            raise RuntimeError("out of\nmemory")
+        return 10**9
+
+    monkeypatch.setattr(long, "_memory", memory)
     arguments = [
         "--device",
         "cpu",
@@ -26,21 +36,42 @@ def test_measures_every_variant(tmp_path, capsys, monkeypatch):
         "--variants",
         "sdpa,sparse",
     ]
-    assert long.main([*arguments, "--json", str(out)]) == 0
+    assert long.main([*arguments, "--json", str(out)]) == 1
     results = json.loads(out.read_text())
     assert [(row["variant"], row["mask"], row["bits"]) for row in results["rows"]] == [
         ("sdpa", "dense", None), ("sparse", "element", None), ("sparse", "tile", None), ("sparse", "tile", 3),
     ]  # fmt: skip
     for row in results["rows"]:
         assert row["tokens_per_second"] == pytest.approx(256 / row["p50_s"])
-    assert results["document"]["length"] == 256 and results["failures"] == []
+    assert results["document"]["length"] == 256
+    assert results["failures"] == [{"variant": "sparse, tile, 3 bits", "reason": "peak memory: out of memory"}]
+    assert written == [[10**9] * known + [None] * (4 - known) for known in range(4)], "times first, then each figure"
     text = capsys.readouterr().out
     assert "1.00x" in text and "1.00 GB" in text
+    assert [cells[-1] for cells in long.table(results).rows] == ["1.00 GB"] * 3 + [ABSENT]
 
 
-def test_memory_is_that_of_a_process_of_its_own():
+def test_memory_on_a_cpu_is_that_of_a_process_of_its_own():
     document = Document(1, 64, 1, 0.5, "float32", "cpu")
-    assert 10**8 < long._in_own_process(document, Variant("sdpa", "sdpa")) < 10**10
+    assert 10**8 < long._memory(document, Variant("sdpa", "sdpa")) < 10**10
+
+
+def test_memory_on_a_gpu_is_measured_here_without_what_others_hold(monkeypatch):
+    document = Document(1, 256, 2, 0.5, "float32", "cuda")
+    lists = weakref.ref(long_variants._mask(document, "tile", 256).layout(0).lists(16))
+    monkeypatch.setattr(long, "current_memory", lambda device: 30 if lists() is None else 1000)
+    monkeypatch.setattr(long, "_peak", lambda document, variant: 100)
+    assert long._memory(document, Variant("sparse", "sdpa", "tile")) == 70
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+def test_memory_on_a_gpu_does_not_depend_on_what_was_measured_before():
+    document = Document(2, 512, 2, 0.5, "bfloat16", "cuda")
+    variant = Variant("sparse", "sdpa", "tile")
+    long._memory(document, variant)  # libraries make their workspaces
+    first = long._memory(document, variant)
+    long.measure(document, [variant, Variant("eager", "eager")], 0.01)
+    assert long._memory(document, variant) == pytest.approx(first, rel=0.01)
 
 
 def test_wrong_variants_are_not_timed(monkeypatch):
@@ -51,7 +82,7 @@ def test_wrong_variants_are_not_timed(monkeypatch):
     with pytest.raises(Wrong, match="off by 1.0e-02 of its size"):
         check(document, Variant("sparse", "sdpa", "element"))
     rows, failures = long.measure(document, [Variant("sdpa", "sdpa")], 0.01)
-    assert rows == [] and failures[0]["variant"] == "sdpa, dense"
+    assert rows == {} and failures[0]["variant"] == "sdpa, dense"
 
 
 def test_a_mask_is_checked_on_the_first_tokens_of_its_own_length():
