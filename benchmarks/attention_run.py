@@ -20,7 +20,7 @@ from .attention_variants import Variant
 from .attention_workloads import FORWARD, MASKS, PASSES, Workload
 from .ceilings import measure_ceilings
 from .device import circumstances
-from .timing import Timer, make_timer, time_in_turns
+from .timing import Timer, empty_milliseconds, make_timer, time_in_turns
 
 _NO_BACKWARD = "no backward pass on CPUs"
 _COMPILES = "left out to keep the run short: it compiles for seconds for every shape"
@@ -65,6 +65,7 @@ def run(
         "dtype": dtype_name(settings.dtype),
         "arguments": {"seconds": settings.seconds, "budget": settings.budget, "seed": settings.seed},
         "ceilings": asdict(ceilings),
+        "empty_ms": empty_milliseconds(settings.device),
         "seconds": 0.0,
         "workloads": measured,
         "left_out": [workload.name for workload in workloads],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -75,7 +76,7 @@ class DeviceTimer:
         self._pool = torch.cuda.graph_pool_handle()
         self._failed_graphs: list[torch.cuda.CUDAGraph] = []  # the allocator may still refer to them
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._flushed = torch.empty(max(size, _GPU_FLUSH_BYTES), dtype=torch.uint8, device=device)
+        self._flushed = torch.zeros(max(size, _GPU_FLUSH_BYTES) // 4, dtype=torch.float32, device=device)
 
     def prepare(self, call: Call, seconds: float = 1.0) -> Timed:
         """Warms `call` up on a side stream and captures it. The outputs of all captured calls share memory."""
@@ -94,7 +95,7 @@ class DeviceTimer:
         laps = []
         for one in timed:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flushed.zero_()
+            self._flushed.sum()  # reads alone: what a flush writes, the timed call would have to move out of the L2
             start.record()
             try:
                 one.launch()
@@ -164,6 +165,18 @@ def _wants_more(timed: Timed, seconds: float) -> bool:
     if timed.failure is not None or done >= REPETITIONS:
         return False
     return done < LEAST_REPETITIONS or sum(timed.milliseconds) < seconds * 1e3
+
+
+def empty_milliseconds(device: torch.device) -> float | None:
+    """What is measured on a GPU for a graph without work, the median: part of every time there. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    timer = make_timer(device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+        timed = timer.prepare(lambda: None)
+    time_in_turns(timer, [timed], [1.0])
+    return percentiles(timed.milliseconds)[1]
 
 
 def percentiles(milliseconds: Sequence[float]) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.timing import LEAST_REPETITIONS, DeviceTimer, time_in_turns
+from benchmarks.timing import LEAST_REPETITIONS, REPETITIONS, DeviceTimer, empty_milliseconds, time_in_turns
 
 
 class StrawDevice:
@@ -95,3 +95,12 @@ def test_a_call_that_fails_later_is_left_out(straw):
 
     failed, good = timed_on(straw, failing, lambda: None)
     assert str(failed.failure) == "late" and good.failure is None and len(good.milliseconds) == LEAST_REPETITIONS
+
+
+def test_a_graph_without_work_is_timed_on_a_gpu(straw, monkeypatch):
+    timers = []
+    monkeypatch.setattr("benchmarks.timing.DeviceTimer", lambda device: timers.append(on_cpu) or on_cpu)
+    on_cpu = DeviceTimer(torch.device("cpu"))
+    assert empty_milliseconds(torch.device("cuda")) == 2.5 and timers == [on_cpu]
+    assert straw.replays == 1 + REPETITIONS
+    assert empty_milliseconds(torch.device("cpu")) is None
