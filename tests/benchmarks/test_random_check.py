@@ -1,5 +1,6 @@
 """Random calls against float64: drawn alike, within their error budgets, and mistakes are found."""
 
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from benchmarks import random_check
 from benchmarks.random_cases import TARGETS, draw, tensors
-from benchmarks.random_compare import check
+from benchmarks.random_compare import Checked, check
 from sparse_attn import extension
 from sparse_attn.backends import native_cuda
 from sparse_attn.kernels import launch
@@ -121,3 +122,47 @@ def test_the_command_reports_failures(monkeypatch, capsys):
     assert "RuntimeError: out of luck" in printed and "--seed 3 --only 1" in printed and "2 failed" in printed
     assert random_check.main(["--device", "cpu", "--cases", "2", "--minutes", "1e-9"]) == 1
     assert "0 of 2 random cases run" in capsys.readouterr().out
+
+
+@interpreted
+def test_an_interrupt_ends_with_what_was_done(monkeypatch, capsys):
+    calls = iter(range(9))
+
+    def interrupted(case, device):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return Checked(case.number, ("it is wrong",) if case.number == 1 else (), 0.25)
+
+    monkeypatch.setattr(random_check, "check", interrupted)
+    assert random_check.main(["--device", "cpu", "--cases", "5"]) == 1
+    printed = capsys.readouterr()
+    assert "interrupted" in printed.err and "it is wrong" in printed.out
+    assert "2 of 5 random cases run, 1 failed, at most 25% of an error budget used" in printed.out
+
+
+@interpreted
+def test_no_case_is_begun_shortly_before_the_end(monkeypatch, capsys):
+    """What the process needed before, for imports, counts."""
+    monkeypatch.setattr(random_check, "check", lambda case, device: Checked(case.number, ()))
+    for ago, done in ((30, 2), (56, 0)):
+        status = random_check.main(["--device", "cpu", "--cases", "2", "--minutes", "1"], begun=time.time() - ago)
+        assert status == int(done < 2) and f"{done} of 2 random cases run" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
+def test_processes_hand_in_one_kind_after_the_other():
+    numbers, target = list(range(10, 26)), TARGETS["native", "cpu"]
+    now = time.time()
+    found = random_check.check_in_processes(numbers, 2, 0, target, CPU, end=now + 100, stop=now + 120)
+    done = [one.number for one in found]
+    assert sorted(done) == numbers
+    for kind in (numbers[:2], numbers[2:14], numbers[14:]):
+        first = done.index(kind[0])
+        assert done[first : first + len(kind)] == kind
+
+
+def test_what_does_not_answer_in_time_is_not_waited_for(capsys):
+    start = time.time()
+    found = random_check.check_in_processes([0, 12], 2, 0, INTERPRETER, CPU, end=start + 60, stop=start)
+    assert list(found) == [] and time.time() - start < 30
+    assert "has not answered" in capsys.readouterr().err
