@@ -14,7 +14,7 @@ from ..progress import progress as show_progress
 from .accumulation import AttentionSums
 from .models import Encoder, attention_implementation, encoder_of, own_config
 from .packing import Packing
-from .routing import padding_mask, sparse_attention_forward
+from .routing import checked_padding, padding_mask, sparse_attention_forward
 from .transformers import is_patched
 from .unpadding import remove_unpadding, set_unpadding
 
@@ -59,8 +59,8 @@ def collect_averages(
 
     Raises:
         TypeError: the model is of no supported family.
-        ValueError: no batch, a sequence longer than `max_length`, a mask that is not [batch, length], a patched model,
-            attention that is not finite.
+        ValueError: no batch, a sequence longer than `max_length`, an attention_mask that is not [batch, length], a
+            patched model, attention that is not finite.
         RuntimeError: another process failed.
     """
     encoder = encoder_of(model)
@@ -117,11 +117,8 @@ def _collecting_attention(
     sums = getattr(module, _COLLECTOR, None)
     if sums is None:  # cross-attention
         return sparse_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs)
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; averages are taken over real tokens, so pass the "
-            "padding mask [batch, length]"
-        )
+    if not isinstance(attention_mask, Packing):
+        attention_mask = checked_padding(attention_mask, key)
     causal = bool(getattr(module, "is_causal", False))
     output = sums.add_layer(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5, causal)
     if output is None:

@@ -36,7 +36,7 @@ def collect_probabilities(
 
     Raises:
         TypeError: the model is of no supported family.
-        ValueError: no batch, or a mask that does not fit the model.
+        ValueError: no batch, an attention_mask that is not [batch, length], or a mask that does not fit the model.
     """
     histogram = ProbabilityHistogram()
     encoder = encoder_of(model)

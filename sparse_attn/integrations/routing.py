@@ -125,14 +125,14 @@ def sparse_attention_forward(
     With a Packing in the place of the padding mask the batch is one sequence of all real tokens."""
     causal = bool(getattr(module, "is_causal", False))
     state = getattr(module, STATE, None)
+    if not isinstance(attention_mask, Packing):
+        attention_mask = checked_padding(attention_mask, key)
     if state is None:  # cross-attention stays dense
-        _check_mask(attention_mask)
         return _dense(query, key, value, attention_mask, scaling, dropout, causal), None
     layout = state.layout(kwargs.get(_LAYER), query.device)
     call = dict(scale=scaling, bits=state.table, causal=causal, dropout=dropout)
     wanted = bool(kwargs.get("output_attentions"))
     if not isinstance(attention_mask, Packing):
-        _check_mask(attention_mask)
         return _padded(query, key, value, attention_mask, layout, call, state.backend, wanted)
     packing = attention_mask
     # [tokens, heads, head_dim]
@@ -149,12 +149,25 @@ def sparse_attention_forward(
     return packing.packed(output), probabilities
 
 
-def _check_mask(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None and attention_mask.ndim != 2:
+def checked_padding(attention_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """A padding mask for keys [batch, heads, key_len, head_dim], one row for all sequences repeated for each.
+
+    Raises ValueError for one that is not [batch, key_len]; transformers checks no shapes.
+    """
+    if attention_mask is None:
+        return None
+    batch, key_len = key.shape[0], key.shape[2]
+    if attention_mask.ndim != 2:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: a patched model takes the two-dimensional "
-            "padding mask [batch, length]; what a query may see beyond that is the global mask's part"
+            f"attention_mask has shape {tuple(attention_mask.shape)}: expected the two-dimensional padding "
+            "mask [batch, length]; what a query may see beyond that is the global mask's part"
         )
+    if attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] != key_len:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, length] with shape "
+            f"{(batch, key_len)}: one value per token of input_ids, those in a key-value cache included"
+        )
+    return attention_mask.expand(batch, -1)
 
 
 def _padded(

@@ -50,8 +50,8 @@ def patch_bert(
         unpad: whether padding tokens leave before the first layer and come back as zeros after the last, so that no
             layer works on them. None: in eval mode, but not where `torch.compile` wants shapes that do not depend on
             data (compile the layers, `layer.compile()`, to have both); capturing a CUDA graph, which does too, is
-            refused: pass False for that. If they stay, their hidden states
-            are not meaningful. With a key-value cache, cross-attention or chunked feed-forward layers they stay.
+            refused: pass False for that. If they stay, their hidden states are not meaningful. With a key-value cache,
+            cross-attention, chunked feed-forward layers or one attention_mask [1, length] for a whole batch they stay.
 
     Returns:
         The same model. A patched model is patched anew.

@@ -1,6 +1,7 @@
 """`collect_averages`: a mean over real tokens, the same as transformers' own attentions give."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertModel
 
-from sparse_attn import AttentionAverages, GlobalMask, collect_averages, patch_bert
+from sparse_attn import AttentionAverages, GlobalMask, collect_averages, collect_probabilities, patch_bert
 from tests.integrations.conftest import padded_inputs, small_config
 
 SIZES = dict(vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
@@ -198,6 +199,24 @@ def test_what_follows_the_last_attention_is_not_computed():
     assert calls == [0]
     model(**padded_inputs())
     assert calls == [0, 0, 1, "head"]
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (3, 50), (2, 40), (5, 40), (3, 1)])
+def test_a_padding_mask_of_another_shape_than_the_batch_is_named(model, shape):
+    batch = {"input_ids": torch.randint(0, 99, (3, 40)), "attention_mask": torch.ones(shape, dtype=torch.long)}
+    with pytest.raises(ValueError, match=rf"attention_mask has shape {re.escape(str(shape))}.*\(3, 40\)"):
+        collect_averages(model, [batch], progress=False)
+    with pytest.raises(ValueError, match=rf"attention_mask has shape {re.escape(str(shape))}.*\(3, 40\)"):
+        collect_probabilities(model, [batch], GlobalMask.random(2, 2, 40, sparsity=0.5), progress=False)
+
+
+def test_one_padding_mask_for_all_sequences(model):
+    batch = padded_inputs((9, 9, 9))
+    batch["attention_mask"][:, 6:] = 0
+    short = batch | {"attention_mask": batch["attention_mask"][:1]}
+    one, each = (collect_averages(model, [inputs], progress=False) for inputs in (short, batch))
+    torch.testing.assert_close(one.sums, each.sums, atol=1e-6, rtol=0)
+    assert torch.equal(one.counts, each.counts) and (one.sequences, one.tokens) == (3, 18)
 
 
 def test_bad_input_is_named(model):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 
 import pytest
 import torch
@@ -407,6 +408,28 @@ def test_wrong_inputs_are_named(model):
     inputs["attention_mask"][0, 0] = 0
     with pytest.raises(ValueError, match="attention_mask has shape"):
         run(model, inputs)
+
+
+@pytest.mark.parametrize("unpad", [None, False])
+def test_a_padding_mask_of_another_shape_than_the_batch_is_named(model, unpad):
+    patch_bert(model, MASK, unpad=unpad)
+    inputs = device_inputs((30, 30, 30))
+    for shape in ((3, 20), (3, 32), (2, 30), (3, 1)):
+        inputs["attention_mask"] = torch.ones(shape, device=DEVICE)
+        with pytest.raises(ValueError, match=rf"attention_mask has shape {re.escape(str(shape))}.*\(3, 30\)"):
+            run(model, inputs)
+
+
+@pytest.mark.parametrize("unpad", [None, False])
+def test_one_padding_mask_for_all_sequences(model, unpad):
+    """transformers' attention broadcasts it."""
+    patch_bert(model, MASK, unpad=unpad)
+    each = device_inputs((9, 9, 9))
+    each["attention_mask"][:, 6:] = 0
+    short = each | {"attention_mask": each["attention_mask"][:1]}
+    ours, theirs = (run(model, inputs, output_hidden_states=True) for inputs in (short, each))
+    for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        close(one, other, each)
 
 
 def test_registered_name_is_accepted_by_transformers(model):
