@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .cutting import Cut, expect_fast_tokenizer
+from .integrations.models import evaluating
 from .trainer import GroupedTrainer, Schedule, train
 
 Example = Mapping[str, Sequence[int]]
@@ -90,16 +91,13 @@ def distil(
         )
     schedule = Schedule(epochs, learning_rate, batch_size, None, warmup_share, weight_decay, dropout, seed)
     padding = student.config.pad_token_id if pad_token_id is None else pad_token_id
-    was_training = teacher.training
-    try:
+    with evaluating(teacher):
         return train(
             student, inputs, [len(example["input_ids"]) for example in inputs],
             lambda examples: _collate(examples, padding or 0), schedule,
-            progress=progress, description=description, trainer=_DistillationTrainer, teacher=teacher.eval(),
+            progress=progress, description=description, trainer=_DistillationTrainer, teacher=teacher,
             temperature=temperature, logits_weight=logits_weight, hidden_weight=hidden_weight,
         )  # fmt: skip
-    finally:
-        teacher.train(was_training)
 
 
 def text_windows(text: str, tokenizer, max_length: int = 384) -> list[dict[str, list[int]]]:

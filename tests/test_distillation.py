@@ -69,9 +69,11 @@ def test_a_pruned_model_comes_closer_to_its_teacher(bits):
 @pytest.mark.parametrize("head", [BertModel, BertForMaskedLM, BertForSequenceClassification])
 def test_any_head_class(head):
     teacher = teacher_of(head).train()
+    next(teacher.children()).eval()
+    modes = [module.training for module in teacher.modules()]
     losses = distil(student_of(teacher), teacher, sequences(24, ["input_ids"]), **{**SETTINGS, "epochs": 2})
     assert 0 < losses[-1] < losses[0]
-    assert teacher.training
+    assert [module.training for module in teacher.modules()] == modes
 
 
 def test_the_seed_decides():

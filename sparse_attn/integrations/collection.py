@@ -12,7 +12,7 @@ from ..averages import AttentionAverages
 from ..distributed import agree, rank_and_world, share_of
 from ..progress import progress as show_progress
 from .accumulation import AttentionSums
-from .models import Encoder, attention_implementation, encoder_of, own_config
+from .models import Encoder, attention_implementation, encoder_of, evaluating, own_config
 from .packing import Packing
 from .routing import checked_padding, padding_mask, sparse_attention_forward
 from .transformers import is_patched
@@ -82,14 +82,13 @@ def collect_averages(
 def _collect(encoder: Encoder, batches: Iterable[Mapping[str, Tensor]], sums: AttentionSums) -> None:
     model = encoder.model
     device = next(model.parameters()).device
-    was_training, shared_config = model.training, model.config
+    shared_config = model.config
     own_config(model)
-    model.eval()
     try:
         for module in encoder.attention:
             object.__setattr__(module, _COLLECTOR, sums)
         set_unpadding(encoder, True)
-        with torch.no_grad(), attention_implementation(model, COLLECTING_NAME):
+        with evaluating(model), torch.no_grad(), attention_implementation(model, COLLECTING_NAME):
             for batch in batches:
                 sums.start_batch()
                 try:
@@ -101,7 +100,6 @@ def _collect(encoder: Encoder, batches: Iterable[Mapping[str, Tensor]], sums: At
         for module in encoder.attention:
             module.__dict__.pop(_COLLECTOR, None)
         own_config(model, shared_config)
-        model.train(was_training)
 
 
 def _collecting_attention(

@@ -177,3 +177,15 @@ def set_attention_implementation(model: PreTrainedModel, name: str) -> None:
             f"transformers left {type(model).__name__} with attention {model.config._attn_implementation!r} when "
             f"asked for {name!r}; this model does not route its attention through AttentionInterface"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Runs `model` in eval mode; afterwards every module of it has the mode of its own back."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

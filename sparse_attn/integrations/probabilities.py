@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..calibration import ProbabilityHistogram
 from ..masks import GlobalMask
 from ..progress import progress as show_progress
-from .models import attention_implementation, encoder_of
+from .models import attention_implementation, encoder_of, evaluating
 from .routing import padding_mask, sparse_attention_forward
 from .transformers import patched
 
@@ -40,10 +40,14 @@ def collect_probabilities(
     """
     histogram = ProbabilityHistogram()
     encoder = encoder_of(model)
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     try:
-        with patched(model, mask, unpad=False), torch.no_grad(), attention_implementation(encoder.model, COUNTING_NAME):
+        with (
+            patched(model, mask, unpad=False),
+            evaluating(model),
+            torch.no_grad(),
+            attention_implementation(encoder.model, COUNTING_NAME),
+        ):
             for module in encoder.attention:
                 object.__setattr__(module, _HISTOGRAM, histogram)
             for batch in show_progress(batches, "counting probabilities", enabled=progress):
@@ -51,7 +55,6 @@ def collect_probabilities(
     finally:
         for module in encoder.attention:
             module.__dict__.pop(_HISTOGRAM, None)
-        model.train(was_training)
     if histogram.rows == 0:
         raise ValueError("there was no batch to collect probabilities from; pass at least one")
     return histogram

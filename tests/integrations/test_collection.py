@@ -76,6 +76,15 @@ def test_dropout_is_off_and_the_model_comes_back_as_it_was(model):
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_every_module_keeps_its_own_mode(model):
+    model.train().encoder.layer[0].eval()
+    modes = [module.training for module in model.modules()]
+    collect_averages(model, [padded_inputs((6,))], progress=False)
+    assert [module.training for module in model.modules()] == modes
+    collect_probabilities(model, [padded_inputs((6,))], GlobalMask.random(2, 2, 8, sparsity=0.5), progress=False)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_head_classes_max_length_and_no_padding_mask():
     model = BertForQuestionAnswering(small_config()).eval()
     batch = {"input_ids": torch.randint(0, 99, (2, 9)), "start_positions": torch.tensor([0, 1]),
