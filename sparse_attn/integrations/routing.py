@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from ..attention import attention_probabilities, prepare, sparse_attention
 from ..layout import SparseLayout
 from ..masks import GlobalMask
 from ..quantization import QuantizationTable
-from .models import Encoder, is_a
+from .models import FAMILIES, Encoder, is_a
 from .packing import Packing
 
 ATTENTION_NAME = "sparse_attn"
 STATE = "sparse_attention"
+_SELF_ATTENTION = frozenset(family.attention for family in FAMILIES)
 _LAYER, _COUNTER = "sparse_attention_layer", "sparse_attention_counter"
 
 
@@ -92,6 +93,22 @@ class SparseAttentionState(nn.Module):
         return f"layers={self.layers}, bits={bits}, backend={self.backend!r}"
 
 
+def watch_implementation(encoder: Encoder) -> list[Any]:
+    """Makes a pass raise where another attention was set for a patched model. Returns the hooks' handles."""
+    models = [module for module in encoder.model.modules() if isinstance(module, PreTrainedModel)]
+    return [model.register_forward_pre_hook(_expect_sparse_attention) for model in models]
+
+
+def _expect_sparse_attention(model: PreTrainedModel, args: tuple) -> None:
+    found = model.config._attn_implementation
+    if not found.startswith(ATTENTION_NAME):
+        raise ValueError(
+            f"the model is patched, but its attention implementation was set to {found!r} since: call unpatch(model) "
+            f"first, or model.set_attn_implementation({ATTENTION_NAME!r}) to go on with the mask; attentions come with "
+            "output_attentions=True as an argument"
+        )
+
+
 def number_shared_layers(encoder: Encoder) -> list[Any]:
     """Where layers share modules, tells each call of them which layer it is. Returns the hooks' handles."""
     if encoder.family.shared is None:
@@ -120,18 +137,25 @@ def sparse_attention_forward(
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query [batch, heads, query_len, head_dim] and so on; output
-    [batch, query_len, heads, head_dim], and the probabilities where `output_attentions` asks for them.
+    [batch, query_len, heads, head_dim], and the probabilities where `output_attentions` asks for them, as an argument
+    or in the config.
 
-    With a Packing in the place of the padding mask the batch is one sequence of all real tokens."""
+    With a Packing in the place of the padding mask the batch is one sequence of all real tokens. Raises ValueError for
+    self-attention that has no mask, in a model that was given the implementation's name alone."""
     causal = bool(getattr(module, "is_causal", False))
     state = getattr(module, STATE, None)
     if not isinstance(attention_mask, Packing):
         attention_mask = checked_padding(attention_mask, key)
     if state is None:  # cross-attention stays dense
+        if type(module).__name__ in _SELF_ATTENTION:
+            raise ValueError(
+                f"attn_implementation is {ATTENTION_NAME!r}, but the model has no mask: patch_bert(model, mask) "
+                "patches it, model.set_attn_implementation('sdpa') is dense"
+            )
         return _dense(query, key, value, attention_mask, scaling, dropout, causal), None
     layout = state.layout(kwargs.get(_LAYER), query.device)
     call = dict(scale=scaling, bits=state.table, causal=causal, dropout=dropout)
-    wanted = bool(kwargs.get("output_attentions"))
+    wanted = bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
     if not isinstance(attention_mask, Packing):
         return _padded(query, key, value, attention_mask, layout, call, state.backend, wanted)
     packing = attention_mask

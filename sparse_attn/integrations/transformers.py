@@ -20,7 +20,7 @@ from ..masks import GlobalMask
 from ..quantization import QuantizationTable, as_table
 from .models import BERT, Encoder, encoder_of, own_config, set_attention_implementation
 from .onednn import onednn_mode, remove_onednn, set_onednn
-from .routing import ATTENTION_NAME, STATE, SparseAttentionState, number_shared_layers
+from .routing import ATTENTION_NAME, STATE, SparseAttentionState, number_shared_layers, watch_implementation
 from .unpadding import remove_unpadding, set_unpadding, unpadding_mode
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,9 +38,10 @@ def patch_bert(
     """Makes a BERT's self-attention compute only what a global mask keeps, in place.
 
     Outputs at real tokens are those of a dense BERT whose pruned scores are -inf. Works with padding anywhere,
-    gradient checkpointing, `torch.compile` and `output_attentions=True`, whose attentions are the ones used, after
-    pruning and rounding. The state dict does not change; a saved model comes back unpatched, so save the mask beside
-    it.
+    gradient checkpointing, `torch.compile` and `output_attentions=True` (an argument, or set in the config before),
+    whose attentions are the ones used, after pruning and rounding. A pass raises ValueError where another attention
+    implementation was set since. The state dict does not change; a saved model comes back unpatched, so save the mask
+    beside it.
 
     Args:
         model: BertModel or a Bert model with any head, in float32, float16 or bfloat16.
@@ -107,7 +108,7 @@ def patch_model(
     # In this order: layers are numbered in what has no padding.
     set_unpadding(encoder, unpad)
     set_onednn(encoder, onednn)
-    _state(encoder).handles = number_shared_layers(encoder)
+    _state(encoder).handles = watch_implementation(encoder) + number_shared_layers(encoder)
     return model
 
 

@@ -170,6 +170,38 @@ def test_output_attentions_are_those_used(model, twin):
     assert len(levels) <= 8
 
 
+def test_output_attentions_asked_for_by_the_config(model):
+    inputs = device_inputs()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    patch_bert(model, MASK)
+    from_config, from_argument = run(model, inputs), run(model, inputs, output_attentions=True)
+    assert len(from_config.attentions) == 2
+    for one, other in zip(from_config.attentions, from_argument.attentions, strict=True):
+        assert torch.equal(one, other)
+    assert "attentions" not in run(model, inputs, output_attentions=False)
+
+
+def test_another_attention_set_after_patching_is_named(model):
+    inputs = device_inputs()
+    before = run(patch_bert(model, MASK), inputs).last_hidden_state
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"patched, but its attention implementation was set to 'eager'.*unpatch"):
+        run(model, inputs)
+    model.set_attn_implementation("sparse_attn")
+    assert torch.equal(run(model, inputs).last_hidden_state, before)
+    model.set_attn_implementation("eager")
+    run(unpatch(model), inputs)
+
+
+def test_the_implementation_without_a_mask_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = BertModel.from_pretrained(tmp_path, attn_implementation="sparse_attn").to(DEVICE)
+    with pytest.raises(ValueError, match=r"has no mask: patch_bert\(model, mask\) patches it"):
+        run(loaded, device_inputs())
+    run(patch_bert(loaded, MASK), device_inputs())
+
+
 def test_dropout_applies_in_training_only(model):
     for module in model.modules():
         if hasattr(module, "dropout") and hasattr(module, "query"):
