@@ -14,7 +14,7 @@ from .backends import AUTOMATIC, BACKENDS, automatic, reference
 from .layout import SparseLayout
 from .ops import AttentionCall, run
 from .quantization import QuantizationTable, as_table
-from .validation import batch_tensor, check_call, check_packed_length, longest_sequence
+from .validation import batch_tensor, check_call, check_packed_length, packed_length
 
 
 def sparse_attention(
@@ -58,7 +58,7 @@ def sparse_attention(
         key_padding_mask: bool [batch, key_len], false = padding, for padding elsewhere than at the end.
         cu_seqlens: int32 [sequences + 1], cumulative lengths of packed sequences, starting with 0.
         max_length: the longest packed sequence, or more, where the caller knows it; otherwise the call waits for the
-            device to tell.
+            device to tell. Outside of CPUs and in traced calls it is not checked.
         causal: no query looks at keys after its absolute position.
         query_offset: absolute position of the first query, for decoding with a key-value cache.
         dropout: share of probabilities dropped; the seed comes from torch's generator.
@@ -184,7 +184,7 @@ def _checked_call(
     if cu_seqlens is not None:
         if not (query_lengths is key_lengths is key_padding_mask is None):
             raise ValueError("cu_seqlens describes sequences without padding; leave lengths and padding masks out")
-        max_length = longest_sequence(cu_seqlens, query.shape[0]) if max_length is None else max_length
+        max_length = packed_length(cu_seqlens, max_length, query.shape[0])
         check_packed_length(max_length, query_offset, layout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}, expected a share in [0, 1)")

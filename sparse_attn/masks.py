@@ -62,7 +62,8 @@ class GlobalMask:
                 which costs a kernel half the work at equal sparsity.
             scope: what is ranked together: the heads of a "layer" (as published), each "head", or the whole "model".
             keep_diagonal: every query keeps itself, within the same budget, so that no input of any length has a
-                query without keys. A tile is kept if it holds a diagonal position.
+                query without keys. A tile is kept if it holds a diagonal position. On short masks that may be more than
+                was asked for, tiles at length 32 keep half of it; a UserWarning says so.
             strict: the published rule bit for bit: per layer the nearest-rank percentile over the non-zero block,
                 everything not above it pruned, no diagonal. Element granularity and layer scope only.
 

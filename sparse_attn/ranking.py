@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 
@@ -20,7 +22,8 @@ def largest(
         seen: bool [query_len, key_len]; unseen positions are pruned, but for the diagonal.
         tile_rows: consecutive queries ranked and kept together by their mean score.
         scope: "layer", "head" or "model": the positions ranked together.
-        keep_diagonal: position (i, i) comes first in its ranking, within the budget.
+        keep_diagonal: position (i, i) comes first in its ranking, within the budget. Where the budget is less than the
+            diagonal, all of it is kept all the same, with a UserWarning at the caller's caller.
 
     Returns:
         bool, the shape of `scores`.
@@ -39,8 +42,17 @@ def largest(
     ranked_together = {"layer": (layers, -1), "head": (layers * heads, -1), "model": (1, -1)}[scope]
     pools = scores.reshape(ranked_together)
     per_pool = layers * heads // pools.shape[0]
-    budget = round((1.0 - sparsity) * int((seen_rows > 0).sum()) * per_pool)
-    budget = max(budget, int((diagonal & (seen_rows > 0)).sum()) * per_pool)
+    seen_in_pool = int((seen_rows > 0).sum()) * per_pool
+    budget = round((1.0 - sparsity) * seen_in_pool)
+    forced = int((diagonal & (seen_rows > 0)).sum()) * per_pool
+    if forced > budget:
+        warnings.warn(
+            f"the mask keeps {forced / seen_in_pool:.1%} of the positions, more than the {1.0 - sparsity:.1%} that "
+            f"sparsity {sparsity} asks for: the diagonal alone takes that much at length {query_len}. Pass "
+            "keep_diagonal=False, granularity='element', or make the mask for longer inputs",
+            stacklevel=3,
+        )
+        budget = forced
     unseen_diagonal = int((diagonal & (seen_rows == 0)).sum()) * per_pool
     keep = torch.zeros(pools.shape, dtype=torch.bool, device=pools.device)
     order = pools.argsort(dim=1, descending=True, stable=True)

@@ -93,6 +93,23 @@ def longest_sequence(cu_seqlens: Tensor, tokens: int) -> int:
     return max(lengths, default=0)
 
 
+def packed_length(cu_seqlens: Tensor, max_length: int | None, tokens: int) -> int:
+    """How long packed sequences are at most: as the caller says, or else as they are.
+
+    Raises ValueError for a sequence that is longer than the caller says, where a look at it costs nothing: on a CPU and
+    outside of tracing. Elsewhere `max_length` is the caller's promise.
+    """
+    if max_length is not None and (cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling()):
+        return max_length
+    longest = longest_sequence(cu_seqlens, tokens)
+    if max_length is not None and longest > max_length:
+        raise ValueError(
+            f"max_length is {max_length}, but cu_seqlens has a sequence of {longest} tokens; pass the length of the "
+            "longest or more, or leave max_length out"
+        )
+    return longest if max_length is None else max_length
+
+
 def check_packed_length(longest: int, query_offset: int, layout: SparseLayout) -> None:
     """Raises ValueError where the longest packed sequence does not fit the mask."""
     if longest + query_offset > layout.query_len or longest > layout.key_len:

@@ -287,6 +287,8 @@ def test_bad_arguments_are_named():
     refused("padding masks out", *packed, cu_seqlens=cu_seqlens, key_lengths=torch.tensor([4, 6]))
     refused("cumulative lengths from 0 to the 10 tokens", *packed, cu_seqlens=cu_seqlens[:2])
     refused("longest packed sequence has 10 tokens", *packed, layout=layout, cu_seqlens=cu_seqlens[[0, 2]])
+    refused("max_length is 5, but cu_seqlens has a sequence of 6", *packed, cu_seqlens=cu_seqlens, max_length=5)
+    refused("cumulative lengths from 0 to the 10 tokens", *packed, cu_seqlens=cu_seqlens[:2], max_length=6)
     refused("cu_seqlens is torch.float32", *packed, cu_seqlens=cu_seqlens.float())
     refused("float64", *(t.double() for t in (query, key, value)), backend="triton", error=RuntimeError)
 

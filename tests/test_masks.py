@@ -1,6 +1,7 @@
 """Global masks: selection, the published rule on its worked examples, combination, files."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_strict_refuses_what_was_never_published():
         GlobalMask.from_averages(averages_of(empty_layer), 0.5, strict=True)
 
 
+@pytest.mark.filterwarnings("ignore:the mask keeps")
 @given(
     sparsity=st.floats(0, 0.99),
     scope=st.sampled_from(["layer", "head", "model"]),
@@ -110,6 +112,23 @@ def test_budget_diagonal_and_order(sparsity, scope, granularity, length):
             mean, keep = averages.mean[layer, head][off], mask.keep[layer, head][off]
             if keep.any() and not keep.all():
                 assert mean[keep].min() >= mean[~keep].max()
+
+
+@pytest.mark.parametrize("made", ["from_averages", "random"])
+def test_a_diagonal_beyond_the_budget_is_warned_about(made):
+    def mask(**arguments):
+        if made == "random":
+            return GlobalMask.random(2, 3, 32, sparsity=0.9, **arguments)
+        return GlobalMask.from_averages(random_averages(length=32), 0.9, **arguments)
+
+    with pytest.warns(UserWarning, match=r"keeps 50.0%.* than the 10.0% that sparsity 0.9 .*keep_diagonal") as warned:
+        kept = mask(granularity="tile")
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert kept.density().mean() == 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mask(granularity="tile", keep_diagonal=False)
+        mask()
 
 
 def test_sparsity_zero_keeps_everything_seen():
