@@ -1,5 +1,7 @@
 """`sparse_attention`: what it means, on every backend."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attn import GlobalMask, QuantizationTable, attention, log_table, quantize, sparse_attention
 from sparse_attn.attention import attention_probabilities
+from sparse_attn.backends import triton
 from tests.helpers import assert_within_budget, backends, random_inputs, random_layout
 
 LENGTHS = (1, 15, 16, 17, 63, 129, 384)
@@ -312,3 +315,19 @@ def test_heads_beyond_32_bit_offsets_are_refused():
     layout = random_layout(2, 5, 0.0, "cpu").to("meta")
     with pytest.raises(RuntimeError, match="one head of the value spans 2147483679 elements"):
         sparse_attention(near, near, far, layout, backend="triton")
+
+
+@pytest.mark.parametrize(("device", "changed_to"), [("cpu", []), ("cuda:0", []), ("cuda:1", [1])])
+def test_triton_launches_where_the_query_is(device, changed_to, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device.index) or nullcontext())
+    with triton._current(torch.device(device)):
+        assert current == changed_to
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_triton_on_another_gpu_than_the_current_one():
+    layout = random_layout(2, 40, 0.5, "cuda:1")
+    tensors = random_inputs((2, 2, 40, 32), torch.float16, "cuda:1")
+    assert_within_budget(sparse_attention(*tensors, layout, backend="triton"), *tensors, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,8 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output = empty_output(call.query, call.packed)
     lse_size = lse_shape(call.query, call.packed) if call.need_lse else (0,)
     lse = torch.empty(lse_size, dtype=torch.float32, device=call.query.device)
-    launch.forward(call, output, lse, *_kernel_arguments(call, "forward"), _rounding(call))
+    with _current(call.query.device):
+        launch.forward(call, output, lse, *_kernel_arguments(call, "forward"), _rounding(call))
     return output, lse
 
 
@@ -114,10 +116,18 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
     )
     lists, query_config = _kernel_arguments(call, "grad_query")
     transposed, key_config = _kernel_arguments(call, "grad_key_value")
-    launch.backward(
-        call, output, lse, grad_output, gradients, lists, transposed, query_config, key_config, _rounding(call)
-    )
+    with _current(call.query.device):
+        launch.backward(
+            call, output, lse, grad_output, gradients, lists, transposed, query_config, key_config, _rounding(call)
+        )
     return gradients
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, if another is: that is where Triton launches."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _kernel_arguments(call: AttentionCall, kernel: str) -> tuple[Lists, KernelConfig]:
