@@ -31,7 +31,7 @@ from sparse_attn.kernels.launch import common_constants
 
 _FUNCTIONS = {"forward": forward_kernel, "grad_query": grad_query_kernel, "grad_key_value": grad_key_value_kernel}
 _POINTERS = {
-    "lse": "*fp32", "delta": "*fp32", "stops": "*i32", "columns": "*i32", "row_bits": "*i32", "order": "*i32",
+    "lse": "*fp32", "delta": "*fp32", "stops": "*i32", "columns": "*i32", "step_bits": "*i32", "order": "*i32",
     "levels": "*fp32", "query_lengths": "*i32", "key_lengths": "*i32", "key_padding": "*u8", "cu_seqlens": "*i32",
     "seed": "*i64",
 }  # fmt: skip

@@ -19,11 +19,11 @@ from .primitives import (
     drop,
     dropout_factors,
     dropout_row_numbers,
+    kept_by_rows,
     list_of_group,
     load_rows,
     program_place,
     round_to_levels,
-    row_bits_of,
     rows_of_group,
     sequence_bounds,
 )
@@ -31,14 +31,15 @@ from .primitives import (
 
 @triton.jit
 def load_lse2(lse, rows, row_ok):
-    """Base-2 log-sum-exp of rows; 0 for rows without kept columns, whose scores are -inf anyway."""
-    row_lse = tl.load(lse + rows, mask=row_ok, other=0.0)
+    """Base-2 log-sum-exp of rows: 0 for rows without kept columns, whose scores are -inf anyway, and infinite where
+    `row_ok` is false, which makes all probabilities 0."""
+    row_lse = tl.load(lse + rows, mask=row_ok, other=float("inf"))
     return tl.where(row_lse == float("-inf"), 0.0, row_lse) / LN_2
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def grad_query_kernel(
-    query, key, value, output, grad_output, grad_query, lse, delta, stops, columns, row_bits, order,
+    query, key, value, output, grad_output, grad_query, lse, delta, stops, columns, step_bits, order,
     query_lengths, key_lengths, key_padding, cu_seqlens, seed,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
     stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
@@ -88,6 +89,9 @@ def grad_query_kernel(
     if CAUSAL:
         keys_end = tl.minimum(keys_end, (group + 1) * ROWS)
     any_row = (group * ROWS - query_offset < rows_end) & (keys_end > 0)
+    part_columns, part_bits, length = list_of_group(
+        stops, columns, step_bits, head, groups, group, 0, key_blocks, keys_end, any_row, ROWS, PARTS, STOP_KEYS
+    )
 
     q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)
     do = load_rows(grad_output, rows, row_ok, stride_grad_output_row, dims, stride_grad_output_dim, HEAD_DIM)
@@ -95,12 +99,14 @@ def grad_query_kernel(
     row_delta = tl.zeros([ROWS], tl.float32)
     if ROUNDED:
         for part in tl.static_range(PARTS):
-            part_start, part_end = list_of_group(
-                stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
-            )
-            for entry in tl.range(part_start, part_end, COLUMNS):
+            if PARTS > 1:
+                part_columns, part_bits, length = list_of_group(
+                    stops, columns, step_bits, head, groups, group, part, key_blocks, keys_end, any_row, ROWS, PARTS,
+                    STOP_KEYS,
+                )  # fmt: skip
+            for entry in tl.range(0, length, COLUMNS):
                 scores, k, column, column_ok = list_scores(
-                    q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end, keys_end,
+                    q, key, stride_key_row, stride_key_dim, part_columns, part_bits, key_padding, entry, length,
                     mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING,
                     PRECISION,
                 )  # fmt: skip
@@ -115,13 +121,15 @@ def grad_query_kernel(
 
     accumulator = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
     for part in tl.static_range(PARTS):
-        part_start, part_end = list_of_group(
-            stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
-        )
-        for entry in tl.range(part_start, part_end, COLUMNS):
+        if PARTS > 1:
+            part_columns, part_bits, length = list_of_group(
+                stops, columns, step_bits, head, groups, group, part, key_blocks, keys_end, any_row, ROWS, PARTS,
+                STOP_KEYS,
+            )  # fmt: skip
+        for entry in tl.range(0, length, COLUMNS):
             scores, k, column, column_ok = list_scores(
-                q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end, keys_end,
-                mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+                q, key, stride_key_row, stride_key_dim, part_columns, part_bits, key_padding, entry, length, mask_rows,
+                dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
             )  # fmt: skip
             v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -136,7 +144,7 @@ def grad_query_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def grad_key_value_kernel(
-    query, key, value, grad_output, grad_key, grad_value, lse, delta, stops, columns, row_bits, order, levels,
+    query, key, value, grad_output, grad_key, grad_value, lse, delta, stops, columns, step_bits, order, levels,
     query_lengths, key_lengths, key_padding, cu_seqlens, seed,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
     stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
@@ -154,7 +162,7 @@ def grad_key_value_kernel(
 ):  # fmt: skip
     """dk and dv of one group of ROWS keys: walks the queries that keep any of them. Grid: sequences * tiles.
 
-    stops, columns and row_bits belong to the transposed mask: rows are keys and columns are absolute query positions.
+    stops, columns and step_bits belong to the transposed mask: rows are keys and columns are absolute query positions.
     """
     batch, head, group = program_place(order, tiles, first_tile, 0, heads, groups, ORDERED)
     sequence, first_token, rows_end, keys_end, rows_stored, keys_stored = sequence_bounds(
@@ -188,26 +196,26 @@ def grad_key_value_kernel(
     dk = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
     dv = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
     for part in tl.static_range(PARTS):
-        part_start, part_end = list_of_group(
-            stops, head, groups, group, part, query_blocks, queries_end, any_key, PARTS, STOP_KEYS
-        )
-        for entry in tl.range(part_start, part_end, COLUMNS):
+        part_columns, part_bits, length = list_of_group(
+            stops, columns, step_bits, head, groups, group, part, query_blocks, queries_end, any_key, ROWS, PARTS,
+            STOP_KEYS,
+        )  # fmt: skip
+        for entry in tl.range(0, length, COLUMNS):
             entries = entry + tl.arange(0, COLUMNS)
-            in_list = entries < part_end
-            position = tl.load(columns + entries, mask=in_list, other=0)
+            in_list = entries < length
+            position = tl.load(part_columns + entries, mask=in_list, other=0)
             rows = position - query_offset
-            row_ok = in_list & (rows >= 0) & (rows < rows_end)
+            row_ok = in_list & (rows >= 0)
             q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)
             do = load_rows(grad_output, rows, row_ok, stride_grad_output_row, dims, stride_grad_output_dim, HEAD_DIM)
             lse2 = load_lse2(lse, rows, row_ok)[None, :]
             row_delta = tl.load(delta + rows, mask=row_ok, other=0.0)[None, :]
-            kept = key_ok[:, None] & row_ok[None, :]
-            if part > 0 or not FULL:
-                kept = kept & row_bits_of(row_bits, entries, in_list, ROWS)
-            if CAUSAL:
-                kept = kept & (keys[:, None] <= position[None, :])
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [ROWS keys, COLUMNS queries]
-            scores = tl.where(kept, scores, float("-inf"))
+            if part > 0 or not FULL:
+                kept = kept_by_rows(part_bits, entry, length, ROWS, COLUMNS)
+                scores = tl.where(kept, scores, float("-inf"))
+            if CAUSAL:
+                scores = tl.where(keys[:, None] <= position[None, :], scores, float("-inf"))
             p = tl.exp2(scores - lse2)
             used = p
             if LEVELS > 0:
@@ -224,7 +232,8 @@ def grad_key_value_kernel(
             ds = p * (dp - row_delta)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
+    dk, dv = tl.where(key_ok[:, None], dk * scale, 0.0), tl.where(key_ok[:, None], dv, 0.0)
     offsets = grad_offset + keys[:, None] * stride_grad_key_row + dims[None, :]
     stored = (keys < keys_stored)[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(grad_key + offsets, (dk * scale).to(grad_key.dtype.element_ty), mask=stored)
+    tl.store(grad_key + offsets, dk.to(grad_key.dtype.element_ty), mask=stored)
     tl.store(grad_value + offsets, dv.to(grad_value.dtype.element_ty), mask=stored)

@@ -9,11 +9,11 @@ from .primitives import (
     drop,
     dropout_row_numbers,
     finite_lse2,
+    kept_by_rows,
     list_of_group,
     load_rows,
     program_place,
     round_to_levels,
-    row_bits_of,
     rows_of_group,
     sequence_bounds,
     softmax_step,
@@ -22,24 +22,25 @@ from .primitives import (
 
 @triton.jit
 def list_scores(
-    q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, list_end, key_end, mask_rows, dims,
-    scale_log2,
+    q, key, stride_key_row, stride_key_dim, columns, step_bits, key_padding, entry, length, mask_rows, dims, scale_log2,
     part: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     FULL: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores of the list entries from `entry` on, -inf where not kept. All rows keep what is in part 0, if FULL.
+    """Base-2 scores of a part's entries from `entry` on, -inf where not kept. All rows keep what is in part 0, if FULL.
     -> [ROWS, COLUMNS], the keys' rows [COLUMNS, HEAD_BLOCK], columns, column_ok"""
     entries = entry + tl.arange(0, COLUMNS)
-    in_list = entries < list_end
-    column = tl.load(columns + entries, mask=in_list, other=0)
-    column_ok = in_list & (column < key_end)
+    column_ok = entries < length
+    column = tl.load(columns + entries, mask=column_ok, other=0)
     if HAS_KEY_PADDING:
         column_ok = column_ok & (tl.load(key_padding + column, mask=column_ok, other=0) != 0)
     k = load_rows(key, column, column_ok, stride_key_row, dims, stride_key_dim, HEAD_DIM)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    kept = column_ok[None, :]
     if part > 0 or not FULL:
-        kept = kept & row_bits_of(row_bits, entries, in_list, ROWS)
+        kept = kept_by_rows(step_bits, entry, length, ROWS, COLUMNS)
+        if HAS_KEY_PADDING:
+            kept = kept & column_ok[None, :]
+    else:
+        kept = column_ok[None, :]
     if CAUSAL:
         kept = kept & (column[None, :] <= mask_rows[:, None])
     return tl.where(kept, scores, float("-inf")), k, column, column_ok
@@ -47,7 +48,7 @@ def list_scores(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    query, key, value, output, lse, stops, columns, row_bits, order, levels,
+    query, key, value, output, lse, stops, columns, step_bits, order, levels,
     query_lengths, key_lengths, key_padding, cu_seqlens, seed,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_dim,
     stride_key_batch, stride_key_head, stride_key_row, stride_key_dim,
@@ -89,11 +90,13 @@ def forward_kernel(
     if CAUSAL:
         keys_end = tl.minimum(keys_end, (group + 1) * ROWS)
     any_row = (group * ROWS - query_offset < rows_end) & (keys_end > 0)
-    list_start, list_end = list_of_group(stops, head, groups, group, 0, key_blocks, keys_end, any_row, PARTS, STOP_KEYS)
+    part_columns, part_bits, length = list_of_group(
+        stops, columns, step_bits, head, groups, group, 0, key_blocks, keys_end, any_row, ROWS, PARTS, STOP_KEYS
+    )
     MAY_HOLD: tl.constexpr = HELD > 0 and PARTS == 1
     in_steps = True
     if MAY_HOLD:
-        in_steps = list_end - list_start > HELD
+        in_steps = length > HELD
 
     q = load_rows(query, rows, row_ok, stride_query_row, dims, stride_query_dim, HEAD_DIM)  # [ROWS, HEAD_BLOCK]
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
@@ -101,12 +104,14 @@ def forward_kernel(
     accumulator = tl.zeros([ROWS, HEAD_BLOCK], tl.float32)
     if in_steps:
         for part in tl.static_range(PARTS):
-            part_start, part_end = list_of_group(
-                stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
-            )
-            for entry in tl.range(part_start, part_end, COLUMNS):
+            if PARTS > 1:
+                part_columns, part_bits, length = list_of_group(
+                    stops, columns, step_bits, head, groups, group, part, key_blocks, keys_end, any_row, ROWS, PARTS,
+                    STOP_KEYS,
+                )  # fmt: skip
+            for entry in tl.range(0, length, COLUMNS):
                 scores, k, column, column_ok = list_scores(
-                    q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end, keys_end,
+                    q, key, stride_key_row, stride_key_dim, part_columns, part_bits, key_padding, entry, length,
                     mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING,
                     PRECISION,
                 )  # fmt: skip
@@ -119,14 +124,16 @@ def forward_kernel(
         if LEVELS > 0:
             lse2 = finite_lse2(row_max, row_sum)[:, None]
             for part in tl.static_range(PARTS):
-                part_start, part_end = list_of_group(
-                    stops, head, groups, group, part, key_blocks, keys_end, any_row, PARTS, STOP_KEYS
-                )
-                for entry in tl.range(part_start, part_end, COLUMNS):
+                if PARTS > 1:
+                    part_columns, part_bits, length = list_of_group(
+                        stops, columns, step_bits, head, groups, group, part, key_blocks, keys_end, any_row, ROWS,
+                        PARTS, STOP_KEYS,
+                    )  # fmt: skip
+                for entry in tl.range(0, length, COLUMNS):
                     scores, k, column, column_ok = list_scores(
-                        q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, entry, part_end,
-                        keys_end, mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL,
-                        HAS_KEY_PADDING, PRECISION,
+                        q, key, stride_key_row, stride_key_dim, part_columns, part_bits, key_padding, entry, length,
+                        mask_rows, dims, scale_log2, part, HEAD_DIM, ROWS, COLUMNS, FULL, CAUSAL, HAS_KEY_PADDING,
+                        PRECISION,
                     )  # fmt: skip
                     p = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
                     p = drop(p, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
@@ -134,8 +141,8 @@ def forward_kernel(
                     accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
     elif MAY_HOLD:
         scores, k, column, column_ok = list_scores(
-            q, key, stride_key_row, stride_key_dim, columns, row_bits, key_padding, list_start, list_end, keys_end,
-            mask_rows, dims, scale_log2, 0, HEAD_DIM, ROWS, HELD, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
+            q, key, stride_key_row, stride_key_dim, part_columns, part_bits, key_padding, 0, length, mask_rows, dims,
+            scale_log2, 0, HEAD_DIM, ROWS, HELD, FULL, CAUSAL, HAS_KEY_PADDING, PRECISION,
         )  # fmt: skip
         # Loaded before the softmax, so that the values are on their way meanwhile.
         v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)

@@ -12,20 +12,10 @@ from torch import Tensor
 from ..dropout import drop_threshold
 from ..layout import STOP_KEYS, order_of
 from ..ops import AttentionCall
+from ..step_lists import StepLists
 from .backward import grad_key_value_kernel, grad_query_kernel
 from .configuration import KernelConfig
 from .forward import forward_kernel
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Column lists as the kernels take them: see `sparse_attn.layout.ColumnLists`."""
-
-    stops: Tensor
-    columns: Tensor
-    row_bits: Tensor
-    order: Tensor
-    full: bool
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ def rounding_constants(rounding: Rounding | None) -> dict[str, object]:
 
 
 def forward(
-    call: AttentionCall, output: Tensor, lse: Tensor, lists: Lists, config: KernelConfig, rounding: Rounding | None
+    call: AttentionCall, output: Tensor, lse: Tensor, lists: StepLists, config: KernelConfig, rounding: Rounding | None
 ) -> None:
     """Writes `output`, whose last dimension is contiguous, and `lse`, unless it is empty. `lists` are for
     `config.rows` queries."""
@@ -102,7 +92,7 @@ def forward(
     absent = lists.stops
     forward_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, output, lse if lse.numel() else output,
-        lists.stops, lists.columns, lists.row_bits, lists.order, _levels(rounding, absent),
+        *lists.tensors(), _levels(rounding, absent),
         *_optional(call, absent),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, output)[:3], *_row_strides(call, lse),
@@ -121,8 +111,8 @@ def backward(
     lse: Tensor,
     grad_output: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],
-    lists: Lists,
-    transposed: Lists,
+    lists: StepLists,
+    transposed: StepLists,
     query_config: KernelConfig,
     key_config: KernelConfig,
     rounding: Rounding | None,
@@ -136,7 +126,7 @@ def backward(
 
 def backward_query(
     call: AttentionCall, output: Tensor, lse: Tensor, delta: Tensor, grad_output: Tensor, grad_query: Tensor,
-    lists: Lists, config: KernelConfig, rounding: Rounding | None,
+    lists: StepLists, config: KernelConfig, rounding: Rounding | None,
 ) -> None:  # fmt: skip
     """Writes the gradient of the query, and `delta`, like lse, which `backward_key_value` reads."""
     sizes = _Sizes.of(call)
@@ -145,7 +135,7 @@ def backward_query(
         return
     grad_query_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, output, grad_output, grad_query, lse, delta,
-        lists.stops, lists.columns, lists.row_bits, lists.order, *_optional(call, lists.stops),
+        *lists.tensors(), *_optional(call, lists.stops),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, output)[:3], *_strides(call, grad_output), *_strides(call, grad_query)[:3],
         *_row_strides(call, lse),
@@ -159,7 +149,7 @@ def backward_query(
 
 def backward_key_value(
     call: AttentionCall, lse: Tensor, delta: Tensor, grad_output: Tensor, gradients: tuple[Tensor, Tensor],
-    transposed: Lists, config: KernelConfig, rounding: Rounding | None,
+    transposed: StepLists, config: KernelConfig, rounding: Rounding | None,
 ) -> None:  # fmt: skip
     """Writes the gradients of key and value. `transposed` are the lists of the transposed mask."""
     sizes = _Sizes.of(call)
@@ -169,8 +159,7 @@ def backward_key_value(
     grad_key, grad_value = gradients
     grad_key_value_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, grad_output, grad_key, grad_value, lse, delta,
-        transposed.stops, transposed.columns, transposed.row_bits, transposed.order,
-        _levels(rounding, transposed.stops), *_optional(call, transposed.stops),
+        *transposed.tensors(), _levels(rounding, transposed.stops), *_optional(call, transposed.stops),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, grad_output), *_strides(call, grad_key)[:3], *_row_strides(call, lse),
         tiles.count, tiles.first, sizes.heads, tiles.groups, tiles.blocks,
@@ -214,7 +203,7 @@ class _Tiles:
     ordered: bool
 
     @classmethod
-    def of(cls, lists: Lists, heads: int, first_group: int, groups_end: int) -> _Tiles:
+    def of(cls, lists: StepLists, heads: int, first_group: int, groups_end: int) -> _Tiles:
         all_lists, _, stops = lists.stops.shape
         groups, wanted = all_lists // heads if heads else 0, groups_end - first_group
         if first_group > 0 or heads * wanted == 0:  # decoding: few groups, far from the first
@@ -223,7 +212,7 @@ class _Tiles:
         return cls(count, start, 0, groups, stops - 1, ordered=True)
 
 
-def _constants(call: AttentionCall, config: KernelConfig, lists: Lists, tiles: _Tiles) -> dict[str, object]:
+def _constants(call: AttentionCall, config: KernelConfig, lists: StepLists, tiles: _Tiles) -> dict[str, object]:
     return common_constants(
         call.query.shape[-1], config, call.query.dtype, parts=lists.stops.shape[1], full=lists.full,
         ordered=tiles.ordered, amd=torch.version.hip is not None, causal=call.causal, packed=call.packed,

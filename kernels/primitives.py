@@ -1,4 +1,4 @@
-"""Jitted pieces that kernels share: gathered loads, bit tests, softmax steps, rounding, dropout."""
+"""Jitted pieces that kernels share: gathered loads, lists and their bits, softmax steps, rounding, dropout."""
 
 import triton
 import triton.language as tl
@@ -20,15 +20,26 @@ def load_rows(base, rows, row_ok, stride_row, dims, stride_dim, HEAD_DIM: tl.con
 
 
 @triton.jit
-def row_bits_of(row_bits, entries, entry_ok, ROWS: tl.constexpr):
-    """Which rows of a group keep the columns at `entries`. -> bool [ROWS, entries]"""
-    WORDS: tl.constexpr = (ROWS + 31) // 32
-    row = tl.arange(0, ROWS)
-    words = tl.load(row_bits + entries * WORDS, mask=entry_ok, other=0)[None, :]
-    for word in tl.static_range(1, WORDS):
-        following = tl.load(row_bits + entries * WORDS + word, mask=entry_ok, other=0)[None, :]
-        words = tl.where((row // 32 == word)[:, None], following, words)
-    return ((words >> (row % 32)[:, None]) & 1) != 0
+def lowest_bits(count):
+    """A word whose `count` lowest bits are set, all of them from 32 on."""
+    return tl.where(count < 32, (1 << count) - 1, -1)
+
+
+@triton.jit
+def kept_by_rows(step_bits, entry, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which rows of a group keep the entries from `entry` on, of a part with `length` entries whose bits begin at
+    `step_bits`; none keeps what is past the end. -> bool [ROWS, COLUMNS]"""
+    row, place = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    step_bits += entry // 32 * ROWS + row
+    words = tl.load(step_bits)
+    if COLUMNS < 32:
+        words = words >> entry % 32
+    words = (words & lowest_bits(length - entry))[:, None]
+    for word in tl.static_range(1, COLUMNS // 32):
+        existing = lowest_bits(tl.maximum(length - entry - 32 * word, 0))
+        following = tl.load(step_bits + word * ROWS, mask=tl.full([ROWS], existing, tl.int32) != 0, other=0)
+        words = tl.where((place // 32 == word)[None, :], (following & existing)[:, None], words)
+    return ((words >> (place % 32)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -153,9 +164,16 @@ def rows_of_group(group, query_offset, rows_end, rows_stored, ROWS: tl.constexpr
 
 @triton.jit
 def list_of_group(
-    stops, head, groups, group, part, blocks, end, not_empty, PARTS: tl.constexpr, STOP_KEYS: tl.constexpr
-):
-    """First entry and end of a part of a group's list, up to position `end` rounded up to the next stop."""
-    stops += ((head * groups + group) * PARTS + part) * (blocks + 1)
+    stops, columns, step_bits, head, groups, group, part, blocks, end, not_empty,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, STOP_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A part of a group's list up to position `end`: where its columns and step bits begin, and its entries."""
+    part += (head * groups + group) * PARTS
+    stops += part * (blocks + 1)
     last_stop = tl.where(not_empty, (end + STOP_KEYS - 1) // STOP_KEYS, 0)
-    return tl.load(stops), tl.load(stops + last_stop)
+    start, stop = tl.load(stops), tl.load(stops + last_stop)
+    # The stop is at most STOP_KEYS - 1 positions too far: the columns between are the last ones before it.
+    tail = stop - STOP_KEYS + tl.arange(0, STOP_KEYS)
+    position = tl.load(columns + tail, mask=tail >= tl.where(end % STOP_KEYS == 0, stop, start), other=0)
+    beyond = tl.sum((position >= end).to(tl.int32), 0)
+    return columns + start, step_bits + (start // 32 + part) * ROWS, stop - start - beyond

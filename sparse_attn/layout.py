@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .bitpacking import PackedMask
+from .step_lists import StepLists
 
 ROWS = (16, 32, 64, 128)  # sizes of a row group; 16 is canonical, the others are unions of it
 BITS_PER_WORD = 32
@@ -93,6 +94,7 @@ class SparseLayout:
         self.heads, self.query_len, self.key_len = keep.shape
         self._bias: torch.Tensor | None = None
         self._lists: dict[tuple[int, bool, bool], ColumnLists] = {}
+        self._step_lists: dict[tuple[int, bool, bool], StepLists] = {}
         self._work: dict[int, float] = {}
         self.arguments: dict[tuple, tuple[list[torch.Tensor], tuple[int, ...]]] = {}
         self.automatic: dict[tuple, tuple[str, ...]] = {}
@@ -113,11 +115,23 @@ class SparseLayout:
         keep any key of the group. Split ones have the columns that all rows keep in a part of their own, where the
         mask has such columns and others.
         """
-        if (rows, transposed, split) not in self._lists:
-            if rows not in ROWS:
-                raise ValueError(f"row groups of {rows} are not supported; choose one of {ROWS}")
-            self._lists[rows, transposed, split] = _compile(self._heads(transposed), rows, split).to(self.device)
-        return self._lists[rows, transposed, split]
+        form = rows, transposed, split
+        if form not in self._lists:
+            self._lists[form] = self._compiled(*form).to(self.device)
+        return self._lists[form]
+
+    def step_lists(self, rows: int = 16, transposed: bool = False, split: bool = False) -> StepLists:
+        """The same lists as the Triton kernels take them; the others are not kept for that."""
+        form = rows, transposed, split
+        if form not in self._step_lists:
+            lists = self._lists[form] if form in self._lists else self._compiled(*form)
+            self._step_lists[form] = StepLists.of(lists).to(self.device)
+        return self._step_lists[form]
+
+    def _compiled(self, rows: int, transposed: bool, split: bool) -> ColumnLists:
+        if rows not in ROWS:
+            raise ValueError(f"row groups of {rows} are not supported; choose one of {ROWS}")
+        return _compile(self._heads(transposed), rows, split)
 
     def keep(self) -> torch.Tensor:
         """The mask itself: bool [heads, query_len, key_len], true = kept; made anew at every call."""
@@ -163,6 +177,7 @@ class SparseLayout:
         moved = SparseLayout(self._source)
         moved.device = device
         moved._lists = {form: lists.to(device) for form, lists in self._lists.items()}
+        moved._step_lists = {form: lists.to(device) for form, lists in self._step_lists.items()}
         return moved
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sparse_attn import GlobalMask, SparseLayout
 from sparse_attn.bitpacking import PackedMask
 from sparse_attn.layout import ROWS, STOP_KEYS, order_of
+from sparse_attn.step_lists import STEP
 from tests.helpers import CUDA
 
 LISTS = ("stops", "columns", "row_bits", "order")
@@ -134,6 +135,43 @@ def test_heads_are_unpacked_one_by_one(monkeypatch):
     layout = SparseLayout(torch.rand(3, 20, 21) < 0.5)
     layout.lists(16), layout.work(16)
     assert shapes == [(20, 21)] * 6
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 16, 33), (3, 70, 40), (1, 129, 200)])
+def test_step_bits_say_what_row_bits_say(rows, shape, split, transposed):
+    for density in (0.0, 0.1, 0.6, 1.0):
+        keep = torch.rand(shape) < density
+        keep[:, :, :: shape[2] // 3 + 1] |= density > 0
+        layout = SparseLayout(keep)
+        lists, steps = (form(rows, transposed, split) for form in (layout.lists, layout.step_lists))
+        assert steps.full == lists.full and steps.step_bits.is_contiguous()
+        assert all(getattr(steps, name) is getattr(lists, name) for name in ("stops", "columns", "order"))
+        own = torch.zeros(len(lists.columns), rows, dtype=torch.bool)
+        ends, step = lists.stops[..., [0, -1]].reshape(-1, 2).tolist(), 0
+        for part, (start, end) in enumerate(ends):
+            assert start // STEP + part >= step  # after the steps of the part before
+            step = start // STEP + part
+            for entry in range(start, end):
+                place = entry - start
+                own[entry] = steps.step_bits[step + place // STEP] >> place % STEP & 1
+            step += -(-(end - start) // STEP)
+        assert step <= len(steps.step_bits) and ends[-1][0] // STEP + len(ends) <= len(steps.step_bits)
+        row = torch.arange(rows)
+        assert torch.equal(own, (lists.row_bits[:, row // 32] >> row % 32 & 1).bool())
+
+
+def test_step_lists_alone_are_kept_and_move_along():
+    layout = SparseLayout(torch.rand(2, 50, 70) < 0.3)
+    steps = layout.step_lists(32, split=True)
+    assert layout.step_lists(32, split=True) is steps and not layout._lists
+    moved = layout.to("meta").step_lists(32, split=True)
+    assert [tensor.shape for tensor in moved.tensors()] == [tensor.shape for tensor in steps.tensors()]
+    assert all(tensor.device.type == "meta" for tensor in moved.tensors())
+    with pytest.raises(ValueError, match="row groups of 24"):
+        layout.step_lists(24)
 
 
 def test_work_is_what_a_kernel_touches():

@@ -106,10 +106,11 @@ class Bench:
 
     def facts(self, rows: int) -> ListFacts:
         """What the lists for groups of `rows` look like."""
-        every = [layer.layout.lists(rows, transposed=self._transposed) for layer in self._layers]
+        every = [layer.layout.step_lists(rows, transposed=self._transposed) for layer in self._layers]
         lengths = torch.cat([lists.stops[:, 0, -1] - lists.stops[:, 0, 0] for lists in every])
-        split = [layer.layout.lists(rows, transposed=self._transposed, split=True).parts for layer in self._layers]
-        return ListFacts(int(lengths.min()), int(lengths.max()), splits=2 in split)
+        split = [layer.layout.step_lists(rows, transposed=self._transposed, split=True) for layer in self._layers]
+        splits = any(lists.stops.shape[1] == 2 for lists in split)
+        return ListFacts(int(lengths.min()), int(lengths.max()), splits)
 
     def launch(self, config: KernelConfig) -> None:
         """Runs the kernel on all layers."""
@@ -185,8 +186,7 @@ class Bench:
 
     def _launch(self, kernel: str, config: KernelConfig, layer: _Layer, store_lse: bool = False) -> None:
         call, rounding = self._call, self._rounding
-        found = layer.layout.lists(config.rows, transposed=kernel == "grad_key_value", split=config.split)
-        lists = launch.Lists(found.stops, found.columns, found.row_bits, found.order, found.full)
+        lists = layer.layout.step_lists(config.rows, transposed=kernel == "grad_key_value", split=config.split)
         if kernel == "forward":
             launch.forward(call, layer.output, layer.lse if store_lse else layer.lse[:0], lists, config, rounding)
         elif kernel == "grad_query":

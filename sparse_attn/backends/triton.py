@@ -15,9 +15,10 @@ from ..kernels.configuration import KERNELS, MAX_HEAD_DIM, KernelConfig, Problem
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
 from ..quantization import QuantizationTable, log_table
+from ..step_lists import StepLists
 
 if TYPE_CHECKING:  # imports Triton
-    from ..kernels.launch import Lists, Rounding
+    from ..kernels.launch import Rounding
 
 NAME = "triton"
 BACKWARD_USES_LSE = True
@@ -91,8 +92,8 @@ def configured_arguments(layout: SparseLayout, configs: list[KernelConfig]) -> t
     """Lists, and configurations of the kernels in the order of KERNELS."""
     tensors, sizes = [], []
     for kernel, config in zip(KERNELS, configs, strict=False):
-        lists = layout.lists(config.rows, transposed=kernel == "grad_key_value", split=config.split)
-        tensors += [lists.stops, lists.columns, lists.row_bits, lists.order]
+        lists = layout.step_lists(config.rows, transposed=kernel == "grad_key_value", split=config.split)
+        tensors += lists.tensors()
         sizes += [int(lists.full), *map(int, astuple(config))]
     return tensors, tuple(sizes)
 
@@ -130,13 +131,11 @@ def _current(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def _kernel_arguments(call: AttentionCall, kernel: str) -> tuple[Lists, KernelConfig]:
+def _kernel_arguments(call: AttentionCall, kernel: str) -> tuple[StepLists, KernelConfig]:
     """The lists and the configuration that `layout_arguments` chose for a kernel."""
-    from ..kernels.launch import Lists
-
     place = KERNELS.index(kernel)
     full, rows, columns, num_warps, num_stages, held, split = call.layout_sizes[7 * place : 7 * place + 7]
-    lists = Lists(*call.layout[4 * place : 4 * place + 4], full=bool(full))
+    lists = StepLists(*call.layout[4 * place : 4 * place + 4], full=bool(full))
     return lists, KernelConfig(rows, columns, num_warps, num_stages, held, bool(split))
 
 

@@ -21,6 +21,8 @@ CONFIGS = [
     KernelConfig(rows=32, columns=32, num_warps=4, num_stages=2, split=True),
     KernelConfig(rows=16, columns=16, num_warps=4, num_stages=2, held=128, split=True),
     KernelConfig(rows=128, columns=32, num_warps=8, num_stages=1, held=128),
+    KernelConfig(rows=16, columns=64, num_warps=4, num_stages=2, split=True),
+    KernelConfig(rows=16, columns=128, num_warps=4, num_stages=2, held=512),
 ]
 
 
