@@ -66,7 +66,7 @@ def make_steps(options: Namespace, device: str) -> list[Step]:
         _squad_step("squad", options, options.model, output, share=10),
         _squad_step("squad-shape", options, _SHAPE, output, share=10),
         Step("random-triton", _random_command("triton", 500), share=20, least=110),
-        Step("random-native", _random_command("native", 500), share=8, least=45),
+        Step("random-native", _random_command("native", 500), share=8, least=60),
         *(_sanitizer_step(tool) for tool in SANITIZERS),
         Step("long", _long_command(output / "long.json"), share=12, least=120),
     ]

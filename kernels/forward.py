@@ -153,7 +153,9 @@ def forward_kernel(
         p = drop(p, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
         accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
     if LEVELS == 0:
-        accumulator = accumulator / tl.where(row_sum > 0.0, row_sum, 1.0)[:, None]
+        accumulator = accumulator / tl.where(row_sum != 0.0, row_sum, 1.0)[:, None]
+    else:
+        accumulator += (row_sum * 0.0)[:, None]  # levels know no NaN
 
     # Rows past the sequence's end may have seen a full list: they yield zeros and -inf like any row without keys.
     accumulator = tl.where(row_ok[:, None], accumulator, 0.0)
@@ -161,6 +163,6 @@ def forward_kernel(
     stored = row_stored[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(pointers, accumulator.to(output.dtype.element_ty), mask=stored)
     if STORE_LSE:
-        row_lse = tl.where(row_ok & (row_sum > 0.0), finite_lse2(row_max, row_sum) * LN_2, float("-inf"))
+        row_lse = tl.where(row_ok & (row_sum != 0.0), finite_lse2(row_max, row_sum) * LN_2, float("-inf"))
         lse += sequence * stride_lse_batch + head * stride_lse_head + first_token
         tl.store(lse + rows, row_lse, mask=row_stored)

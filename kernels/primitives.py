@@ -59,7 +59,7 @@ def softmax_step(scores, row_max, row_sum):
 @triton.jit
 def finite_lse2(row_max, row_sum):
     """Base-2 log-sum-exp of rows, 0 for rows without kept columns (their scores are -inf anyway)."""
-    has_keys = row_sum > 0.0
+    has_keys = row_sum != 0.0  # NaN stays
     return tl.where(has_keys, row_max + tl.log2(tl.where(has_keys, row_sum, 1.0)), 0.0)
 
 

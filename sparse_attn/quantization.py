@@ -76,7 +76,7 @@ def quantize(probabilities: torch.Tensor, table: QuantizationTable) -> torch.Ten
     """Rounds `probabilities` (any shape, floating point) to the levels of `table`; shape and dtype stay.
 
     p < threshold becomes 0, everything else levels[1 + min(floor((log2 p - log2 threshold) / step), 2**bits - 2)].
-    The gradient passes straight through.
+    NaN stays NaN. The gradient passes straight through.
     """
     return _StraightThroughRounding.apply(probabilities, table)
 
@@ -87,8 +87,9 @@ class _StraightThroughRounding(torch.autograd.Function):
         levels = torch.tensor(table.levels, dtype=probabilities.dtype, device=probabilities.device)
         position = (torch.log2(probabilities) - math.log2(table.threshold)) / table.step
         # log2(0) is -inf: clamp before the conversion to integers.
-        level = 1 + position.floor().clamp(0, len(table.levels) - 2).to(torch.int64)
-        return levels[torch.where(probabilities < table.threshold, 0, level)]
+        level = 1 + position.floor().clamp(0, len(table.levels) - 2).nan_to_num(0.0).to(torch.int64)
+        rounded = levels[torch.where(probabilities < table.threshold, 0, level)]
+        return torch.where(probabilities.isnan(), probabilities, rounded)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -219,6 +219,24 @@ def test_padding_rows_are_zero_and_padding_keys_unseen(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch", "reference"))
+@pytest.mark.parametrize("bits", [None, 3, QuantizationTable(1e-2, (0.0, 0.03, 0.2, 0.7))])
+@pytest.mark.parametrize("bad", [float("nan"), 1e38])
+def test_what_is_not_finite_stays_visible(backend, device, bits, bad):
+    """A key that holds NaN, or scores beyond float32, makes the rows that keep it NaN, as in dense attention."""
+    query, key, value = random_inputs((1, 2, 40, 32), torch.float32, device)
+    layout = random_layout(2, 40, 0.6, device)
+    query = query.abs()
+    finite = sparse_attention(query, key, value, layout, bits=bits, backend=backend)
+    key[:, :, 7] = bad
+    output, lse = sparse_attention(query, key, value, layout, bits=bits, return_lse=True, backend=backend)
+    reaches = layout.keep()[None, :, :, 7]
+    assert reaches.any() and output[reaches].isnan().all()
+    assert not torch.isfinite(lse[reaches]).any()
+    if backend != "torch":  # which adds -inf to pruned scores
+        torch.testing.assert_close(output[~reaches], finite[~reaches], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch", "reference"))
 def test_full_mask_is_dense_attention(backend, device):
     query, key, value = random_inputs((2, 2, 65, 64), torch.float32, device)
     layout = GlobalMask(torch.ones(1, 2, 65, 65, dtype=torch.bool)).layout(0, device)

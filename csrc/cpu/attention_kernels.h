@@ -143,7 +143,7 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
         store(scores + entry * LANES, p);
       }
     }
-    const Floats real = sum > 0.0f ? sum : splat(1.0f);
+    const Floats real = sum == 0.0f ? splat(1.0f) : sum;  // NaN stays
     Floats normaliser = 1.0f / real;
     if (call.rounding.count > 0 || call.lse) {
       Floats lse2;
@@ -152,7 +152,7 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
       }
       if (call.lse) {
         float* lse = call.lse + sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
-        const Floats natural = select(alive, sum > 0.0f ? lse2 * LN_2 : minus_infinity, minus_infinity);
+        const Floats natural = select(alive, sum == 0.0f ? minus_infinity : lse2 * LN_2, minus_infinity);
         for (int lane = 0; lane < LANES; ++lane) {
           if (stored >> lane & 1) {
             lse[first_row + lane] = natural[lane];
@@ -160,7 +160,7 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
         }
       }
       if (call.rounding.count > 0) {
-        normaliser = splat(1.0f);
+        normaliser = 1.0f + real * 0.0f;  // levels know no NaN
         for (int64_t entry = 0; entry < list.count; ++entry) {
           store(scores + entry * LANES, round_to_levels(call.rounding, load(scores + entry * LANES) - lse2));
         }

@@ -288,7 +288,7 @@ SPARSE_ATTN_INLINE Floats round_to_levels(const Rounding& rounding, Floats log2_
   const float bins = 1.0f / rounding.step;
   const Floats position = log2_p * bins + (1.0f - rounding.log2_threshold * bins);  // below 1: under the threshold
   const Floats highest = splat(static_cast<float>(rounding.count - 1));
-  const Ints index = __builtin_convertvector(minimum(maximum(position, splat(0.0f)), highest), Ints);
+  const Ints index = __builtin_convertvector(minimum(maximum(position, splat(0.0f)), highest), Ints);  // NaN: 0
   if (rounding.mid_points && rounding.count > LANES) {
     const Floats middle = __builtin_convertvector(index, Floats) - 0.5f;
     const Floats level = exp2_of(middle * rounding.step + rounding.log2_threshold);

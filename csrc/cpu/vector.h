@@ -77,7 +77,7 @@ SPARSE_ATTN_INLINE Rounded nearest(Floats x) {
   return {shifted - 12582912.0f, reinterpret_cast<Ints>(shifted)};
 }
 
-// 2^x to 2 units in the last place for x <= 127; 0 below 2^-126.
+// 2^x to 2 units in the last place for x <= 127; 0 below 2^-126, NaN for NaN.
 SPARSE_ATTN_INLINE Floats exp2_of(Floats x) {
   const Floats lowest = splat(-126.0f);
   const Floats clamped = maximum(x, lowest);
@@ -91,7 +91,7 @@ SPARSE_ATTN_INLINE Floats exp2_of(Floats x) {
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
   const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (whole.bits << 23));
-  return x < lowest ? splat(0.0f) : scaled;
+  return x < lowest ? splat(0.0f) : scaled + x * 0.0f;
 }
 
 // Turns LANES vectors into the columns of the matrix whose rows they were.

@@ -155,7 +155,8 @@ def _rounded(log_probabilities: Tensor, table: QuantizationTable) -> Tensor:
         pruned = bins < 0
         return bins.add_(0.5).mul_(table.step).add_(math.log2(table.threshold)).exp2_().masked_fill_(pruned, 0.0)
     levels = torch.tensor(table.levels, dtype=torch.float32, device=bins.device)
-    return levels[bins.add_(1).to(torch.int32)]
+    unknown = bins.isnan()
+    return levels[bins.nan_to_num_(0.0).add_(1).to(torch.int32)].masked_fill_(unknown, float("nan"))
 
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
