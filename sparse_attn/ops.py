@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -114,11 +115,14 @@ def lse_shape(query: Tensor, packed: bool) -> tuple[int, ...]:
 
 def _call(query, key, value, layout, layout_sizes, query_lengths, key_lengths, key_padding, cu_seqlens, max_length,
           seed, scale, levels, threshold, causal, query_offset, dropout, need_lse) -> AttentionCall:  # fmt: skip
-    table = QuantizationTable(threshold, tuple(levels)) if levels else None
+    table = _table(threshold, tuple(levels)) if levels else None
     return AttentionCall(
         query, key, value, layout, tuple(layout_sizes), query_lengths, key_lengths, key_padding, cu_seqlens, max_length,
         seed, scale, table, causal, query_offset, dropout, need_lse,
     )  # fmt: skip
+
+
+_table = lru_cache(maxsize=256)(QuantizationTable)  # the same one for every call
 
 
 @torch.library.impl("sparse_attn::attention", "CompositeExplicitAutograd")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -48,6 +49,11 @@ class QuantizationTable:
     def step(self) -> float:
         """Width of a bin in log2(p)."""
         return -math.log2(self.threshold) / (len(self.levels) - 1)
+
+    @cached_property
+    def mid_points(self) -> bool:
+        """Whether the values are the mid-points of their bins, as published, which kernels need not look up."""
+        return self.levels == log_table(self.bits, self.threshold).levels
 
 
 def log_table(bits: int, threshold: float = DEFAULT_THRESHOLD) -> QuantizationTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from .. import extension
 from ..dropout import drop_threshold
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape
-from ..quantization import QuantizationTable, log_table
+from ..quantization import QuantizationTable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
@@ -80,12 +81,17 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
 
 def _arguments(call: AttentionCall) -> tuple:
     table = call.table
-    levels = torch.zeros(0 if table is None else max(_ROWS, len(table.levels)))
-    if table is not None:
-        levels[: len(table.levels)] = torch.tensor(table.levels)
+    levels = _levels(table.levels if table else ())
     return (
         call.query_lengths, call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.seed, call.scale,
         levels, len(table.levels) if table else 0, math.log2(table.threshold) if table else 0.0,
-        table.step if table else 1.0, table is not None and table == log_table(table.bits, table.threshold),
+        table.step if table else 1.0, table is not None and table.mid_points,
         call.causal, call.query_offset, 1.0 / (1.0 - call.dropout), drop_threshold(call.dropout), _instruction_set,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _levels(levels: tuple[float, ...]) -> Tensor:
+    """float32 [at least 16], which the kernels look up in one vector; empty for none."""
+    padding = [0.0] * (_ROWS - len(levels)) if levels else []
+    return torch.tensor([*levels, *padding], dtype=torch.float32)

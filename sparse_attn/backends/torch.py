@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..dropout import dropout_keep
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
-from ..quantization import QuantizationTable, log_table
+from ..quantization import QuantizationTable
 
 NAME = "torch"
 BACKWARD_USES_LSE = False
@@ -151,7 +151,7 @@ def _rounded(log_probabilities: Tensor, table: QuantizationTable) -> Tensor:
     per_bin = math.log2(math.e) / table.step
     bins = log_probabilities.mul(per_bin).sub_(math.log2(table.threshold) / table.step)
     bins.floor_().clamp_(-1, len(table.levels) - 2)  # -1: below the threshold
-    if table == log_table(table.bits, table.threshold):  # mid-points are quicker to compute than to look up
+    if table.mid_points:  # mid-points are quicker to compute than to look up
         pruned = bins < 0
         return bins.add_(0.5).mul_(table.step).add_(math.log2(table.threshold)).exp2_().masked_fill_(pruned, 0.0)
     levels = torch.tensor(table.levels, dtype=torch.float32, device=bins.device)

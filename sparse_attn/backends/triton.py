@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.configuration import KERNELS, MAX_HEAD_DIM, KernelConfig, Problem, choose
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
-from ..quantization import QuantizationTable, log_table
+from ..quantization import QuantizationTable
 from ..step_lists import StepLists
 
 if TYPE_CHECKING:  # imports Triton
@@ -83,7 +83,7 @@ def layout_arguments(
     facts = (head_dim, dtype.itemsize, layout.key_len, layout.spread)
     configs = [choose(Problem(*kind, *facts), layout.device) for kind in kinds]
     tensors, sizes = configured_arguments(layout, configs)
-    if table is not None and not _mid_points(table):
+    if table is not None and not table.mid_points:
         tensors.append(torch.tensor(table.levels, dtype=torch.float32, device=layout.device))
     return tensors, sizes
 
@@ -145,13 +145,8 @@ def _rounding(call: AttentionCall) -> Rounding | None:
     table = call.table
     if table is None:
         return None
-    levels = None if _mid_points(table) else call.layout[-1]
+    levels = None if table.mid_points else call.layout[-1]
     return Rounding(len(table.levels), levels, math.log2(table.threshold), table.step)
-
-
-def _mid_points(table: QuantizationTable) -> bool:
-    """Whether its levels are the mid-points of their bins, as published."""
-    return table == log_table(table.bits, table.threshold)
 
 
 register_backend(NAME, forward, backward)
