@@ -22,7 +22,7 @@ import torch
 from .device import circumstances, pick_device
 from .long_variants import Document, Variant, Wrong, check, forget_layouts, inputs_of, make, variants_on
 from .measure import current_memory, peak_memory
-from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, names, positive
+from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, kept_share, names, positive
 from .pages import ABSENT, Table, complete_files
 from .timing import make_timer, percentiles, time_in_turns
 
@@ -34,7 +34,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
     parser.add_argument("--length", type=at_least(64), default=4096, help="tokens of a document (default: %(default)s)")
     parser.add_argument("--batch", type=at_least(1), help="documents (default: 8 on a GPU, 1 on a CPU)")
     parser.add_argument("--layers", type=at_least(1), default=12, help="(default: %(default)s)")
-    parser.add_argument("--density", type=positive, default=0.1, help="kept share (default: %(default)s)")
+    parser.add_argument("--density", type=kept_share, default=0.1, help="kept share (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--variants", type=names, help="by commas (default: all that the device is for)")

@@ -52,6 +52,14 @@ def positive(text: str) -> float:
     return value
 
 
+def kept_share(text: str) -> float:
+    """The type of shares above 0, up to 1."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is no share above 0 and up to 1")
+    return value
+
+
 def names(text: str) -> list[str]:
     """The type of names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]

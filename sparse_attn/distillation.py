@@ -81,7 +81,7 @@ def distil(
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
         ValueError: no inputs, fields of different lengths, models that do not fit together, a number out of range.
-        TypeError: weights of a dtype other than float32.
+        TypeError: weights of a dtype other than float32, inputs that are no sequence of mappings.
     """
     _check(student, teacher, inputs)
     if not temperature > 0 or logits_weight < 0 or hidden_weight < 0 or logits_weight + hidden_weight == 0:
@@ -103,9 +103,11 @@ def distil(
 def text_windows(text: str, tokenizer, max_length: int = 384) -> list[dict[str, list[int]]]:
     """Any text as inputs of `distil`: consecutive windows of at most `max_length` tokens, special tokens included.
 
-    Raises ValueError where the text has no token or `max_length` leaves no room for one, TypeError where the tokenizer
-    is not a fast one.
+    Raises ValueError where the text has no token or `max_length` leaves no room for one, TypeError where it is no str
+    or the tokenizer is not a fast one.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text is {type(text).__name__}, expected one str; call text_windows for each text")
     expect_fast_tokenizer(tokenizer)
     names = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
     encoding = tokenizer([text], truncation=False, verbose=False)
@@ -192,9 +194,24 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[
             f"the student is a {type(student).__name__}, the teacher a {type(teacher).__name__}; expected one class, "
             "since their outputs are compared"
         )
+    if isinstance(inputs, (Mapping, Tensor)):
+        raise TypeError(
+            f"inputs is one {type(inputs).__name__}, expected a sequence of examples: "
+            "[tokenizer(text) for text in texts]"
+        )
     if not inputs:
         raise ValueError("no inputs to distil on; expected at least one sequence of tokens")
     for index, example in enumerate(inputs):
+        if not isinstance(example, Mapping):
+            raise TypeError(
+                f"input {index} is {type(example).__name__}, expected fields by name, as tokenizer(text) gives"
+            )
+        nested = [name for name, values in example.items() if _is_nested(values)]
+        if nested:
+            raise ValueError(
+                f"input {index} has {nested[0]} with several dimensions; expected one sequence without padding and "
+                "with one value per token, as tokenizer(text) gives without return_tensors"
+            )
         lengths = {name: len(values) for name, values in example.items()}
         if "input_ids" not in lengths or len(set(lengths.values())) != 1 or lengths["input_ids"] == 0:
             raise ValueError(
@@ -205,3 +222,9 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[
             raise ValueError(
                 f"input {index} has the fields {sorted(lengths)}, the first one {sorted(inputs[0])}; expected the same"
             )
+
+
+def _is_nested(values: Sequence | Tensor) -> bool:
+    if isinstance(values, Tensor):
+        return values.ndim != 1
+    return len(values) > 0 and (isinstance(values[0], (list, tuple)) or getattr(values[0], "ndim", 0) > 0)

@@ -68,9 +68,14 @@ class GlobalMask:
                 everything not above it pruned, no diagonal. Element granularity and layer scope only.
 
         Raises ValueError for a sparsity outside [0, 1), an unknown granularity or scope, averages that hold nothing,
-        and tile masks or other scopes together with `strict`.
+        and tile masks or other scopes together with `strict`; TypeError for averages and sparsities of other types.
         """
-        _check_sparsity(sparsity)
+        if not isinstance(averages, AttentionAverages):
+            raise TypeError(
+                f"averages is {type(averages).__name__}, expected AttentionAverages: from collect_averages, or "
+                "AttentionAverages.from_mean(tensor)"
+            )
+        sparsity = _checked_sparsity(sparsity)
         _check_choice("granularity", granularity, ("element", "tile"))
         _check_choice("scope", scope, ("layer", "head", "model"))
         if strict and (granularity, scope) != ("element", "layer"):
@@ -105,9 +110,10 @@ class GlobalMask:
 
         Arguments mean what they mean in `from_averages`; `key_len` defaults to `query_len`.
         """
-        _check_sparsity(sparsity)
+        sparsity = _checked_sparsity(sparsity)
         _check_choice("granularity", granularity, ("element", "tile"))
         key_len = query_len if key_len is None else key_len
+        _check_sizes(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (layers, heads, query_len, key_len)
         scores = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -148,6 +154,7 @@ class GlobalMask:
         and returns what broadcasts to bool [query_len, key_len], true = kept.
         """
         key_len = query_len if key_len is None else key_len
+        _check_sizes(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
         query = torch.arange(query_len, device="cpu").view(-1, 1)
         key = torch.arange(key_len, device="cpu").view(1, -1)
         keep = torch.empty(layers, heads, query_len, key_len, dtype=torch.bool, device="cpu")
@@ -268,9 +275,18 @@ class GlobalMask:
             raise ValueError(f"{path}: damaged {_KIND} file: {error}") from error
 
 
-def _check_sparsity(sparsity: float) -> None:
+def _checked_sparsity(sparsity: float) -> float:
+    if isinstance(sparsity, str) or not hasattr(sparsity, "__float__"):
+        raise TypeError(f"sparsity is {sparsity!r}, expected a number in [0, 1): 0.9 prunes 90 % of the positions")
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity is {sparsity}, expected a share in [0, 1): 0.9 prunes 90 % of the positions")
+    return float(sparsity)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}, expected at least 1")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

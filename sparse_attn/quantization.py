@@ -8,6 +8,7 @@ geometric mid-point of their bin, with bins of equal width in log2(p).
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,8 +62,9 @@ def log_table(bits: int, threshold: float = DEFAULT_THRESHOLD) -> QuantizationTa
 
     Raises ValueError for bits outside 1..8 and for a threshold outside (0, 1), TypeError for bits that are no integer.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int):
+    if isinstance(bits, bool) or not hasattr(bits, "__index__"):
         raise TypeError(f"bits is {bits!r}, expected an integer in 1..{MAX_BITS} or None for no rounding")
+    bits = operator.index(bits)
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}, expected 1..{MAX_BITS}, or None for no rounding")
     if not 0.0 < threshold < 1.0:
@@ -78,13 +80,16 @@ def as_table(bits: int | QuantizationTable | None) -> QuantizationTable | None:
     return bits if bits is None or isinstance(bits, QuantizationTable) else log_table(bits)
 
 
-def quantize(probabilities: torch.Tensor, table: QuantizationTable) -> torch.Tensor:
+def quantize(probabilities: torch.Tensor, table: int | QuantizationTable | None) -> torch.Tensor:
     """Rounds `probabilities` (any shape, floating point) to the levels of `table`; shape and dtype stay.
+
+    A number of bits means the published table, None no rounding.
 
     p < threshold becomes 0, everything else levels[1 + min(floor((log2 p - log2 threshold) / step), 2**bits - 2)].
     NaN stays NaN. The gradient passes straight through.
     """
-    return _StraightThroughRounding.apply(probabilities, table)
+    table = as_table(table)
+    return probabilities if table is None else _StraightThroughRounding.apply(probabilities, table)
 
 
 class _StraightThroughRounding(torch.autograd.Function):

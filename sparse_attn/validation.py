@@ -49,6 +49,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
 
 def _check_cu_seqlens(cu_seqlens: Tensor, query: Tensor) -> None:
     # Its values stay on the device: looking at them would make the host wait.
+    _expect_tensor("cu_seqlens", cu_seqlens, "int32 [sequences + 1]")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int32 [sequences + 1], "
@@ -125,9 +126,15 @@ def batch_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], devic
     if tensor is None:
         return None
     boolean = len(shape) == 2
+    expected = "bool [batch, key_len]" if boolean else "int [batch]"
+    _expect_tensor(name, tensor, expected)
     if tuple(tensor.shape) != shape or (tensor.dtype == torch.bool) != boolean or tensor.is_floating_point():
-        expected = "bool [batch, key_len]" if boolean else "int [batch]"
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected} with shape {shape}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the query on {device}; expected one device")
     return (tensor if boolean else tensor.to(torch.int32)).contiguous()
+
+
+def _expect_tensor(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is {type(value).__name__}, expected a tensor: {expected}, on the query's device")

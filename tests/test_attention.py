@@ -298,6 +298,8 @@ def test_bad_arguments_are_named():
     refused("batch, heads and head_dim must agree", query, key[:1], value[:1])
     refused("expected query \\[batch", query[0], key[0], value[0])
     refused("key_lengths is torch.int64 \\(3,\\)", key_lengths=torch.tensor([1, 2, 3]))
+    refused("key_lengths is list, expected a tensor", key_lengths=[1, 2])
+    refused("cu_seqlens is list, expected a tensor", *packed, cu_seqlens=[0, 4, 10])
     refused("key_padding_mask is torch.int64", key_padding_mask=torch.ones(2, 10, dtype=torch.int64))
     refused("bits is 9, expected 1..8", bits=9)
     refused("bits is 0, expected 1..8", bits=0)

@@ -143,6 +143,8 @@ def test_text_becomes_windows_that_hold_all_of_it(tokenizer):
 
 
 def test_text_without_tokens_or_room_is_refused(tokenizer):
+    with pytest.raises(TypeError, match="text is list, expected one str"):
+        text_windows(["paris", "rome"], tokenizer)
     with pytest.raises(ValueError, match="no tokens"):
         text_windows(" \n", tokenizer)
     with pytest.raises(ValueError, match="max_length is 2; expected more than the 2 special tokens"):
@@ -157,6 +159,8 @@ def test_text_without_tokens_or_room_is_refused(tokenizer):
         ({"inputs": [{"input_ids": []}]}, "input 0 has fields of lengths"),
         ({"inputs": [{"input_ids": [1, 2], "token_type_ids": [0]}]}, "expected input_ids and other fields"),
         ({"inputs": [{"input_ids": [1]}, {"input_ids": [1], "token_type_ids": [0]}]}, "input 1 has the fields"),
+        ({"inputs": [{"input_ids": torch.ones(2, 3)}]}, "input 0 has input_ids with several dimensions"),
+        ({"inputs": [{"input_ids": [[1, 2], [3, 4]]}]}, "input 0 has input_ids with several dimensions"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"logits_weight": 0.0, "hidden_weight": 0.0}, "not both 0"),
         ({"hidden_weight": -1.0}, "hidden_weight -1.0"),
@@ -168,6 +172,19 @@ def test_what_cannot_be_distilled_is_refused(changes, message):
     arguments = {"inputs": sequences(4), "progress": False, **changes}
     with pytest.raises(ValueError, match=message):
         distil(teacher_of(), teacher_of(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, "inputs is one dict, expected a sequence"),
+        (torch.ones(2, 3), "inputs is one Tensor, expected a sequence"),
+        ([torch.ones(3)], "input 0 is Tensor, expected fields by name"),
+    ],
+)
+def test_inputs_of_other_types_are_refused(inputs, message):
+    with pytest.raises(TypeError, match=message):
+        distil(teacher_of(), teacher_of(), inputs, progress=False)
 
 
 def test_models_that_do_not_fit_together_are_refused():

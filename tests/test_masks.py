@@ -169,6 +169,13 @@ def test_bad_arguments_are_named():
         GlobalMask.from_averages(worked_example(), 0.5, granularity="block")
     with pytest.raises(ValueError, match="scope is 'all'"):
         GlobalMask.from_averages(worked_example(), 0.5, scope="all")
+    for sparsity in ("0.9", None):
+        with pytest.raises(TypeError, match=f"sparsity is {sparsity!r}, expected a number"):
+            GlobalMask.random(1, 1, 4, sparsity=sparsity)
+    with pytest.raises(TypeError, match=r"averages is Tensor, expected AttentionAverages.*from_mean"):
+        GlobalMask.from_averages(torch.ones(1, 1, 4, 4), 0.5)
+    with pytest.raises(ValueError, match="layers is 0, expected at least 1"):
+        GlobalMask.random(0, 1, 4, sparsity=0.5)
     with pytest.raises(ValueError, match="no counted position"):
         GlobalMask.from_averages(AttentionAverages(torch.zeros(1, 1, 2, 2), torch.zeros(2, 2)), 0.5)
     with pytest.raises(ValueError, match="boolean tensor"):

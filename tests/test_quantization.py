@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +61,12 @@ def test_shape_dtype_and_straight_through_gradient():
     assert rounded.shape == p.shape and rounded.dtype == p.dtype
     rounded.sum().backward()
     assert torch.equal(p.grad, torch.ones_like(p))
+
+
+def test_bits_may_be_any_integer():
+    p = torch.rand(100)
+    assert log_table(np.int64(3)) == log_table(3)
+    assert torch.equal(quantize(p, 3), quantize(p, log_table(3))) and quantize(p, None) is p
 
 
 @pytest.mark.parametrize(("bits", "error"), [(0, ValueError), (9, ValueError), (2.0, TypeError), (True, TypeError)])

@@ -12,6 +12,7 @@ from ..averages import AttentionAverages
 from ..distributed import agree, rank_and_world, share_of
 from ..progress import progress as show_progress
 from .accumulation import AttentionSums
+from .batches import expect_several, moved_batches
 from .models import Encoder, attention_implementation, encoder_of, evaluating, own_config
 from .packing import Packing
 from .routing import checked_padding, padding_mask, sparse_attention_forward
@@ -58,7 +59,7 @@ def collect_averages(
         model_name, data_name: saved with the averages; the name of the checkpoint by default.
 
     Raises:
-        TypeError: the model is of no supported family.
+        TypeError: the model is of no supported family; batches that are no mappings of tensors.
         ValueError: no batch, a sequence longer than `max_length`, an attention_mask that is not [batch, length], a
             patched model, attention that is not finite.
         RuntimeError: another process failed.
@@ -66,6 +67,7 @@ def collect_averages(
     encoder = encoder_of(model)
     if is_patched(model):
         raise ValueError("the model is patched; averages of dense attention need unpatch(model) first")
+    expect_several(batches)
     rank, world = rank_and_world()
     sums = AttentionSums(len(encoder.attention), encoder.heads, max_length)
     own = share_of(batches) if shard and world > 1 else batches
@@ -89,10 +91,10 @@ def _collect(encoder: Encoder, batches: Iterable[Mapping[str, Tensor]], sums: At
             object.__setattr__(module, _COLLECTOR, sums)
         set_unpadding(encoder, True)
         with evaluating(model), torch.no_grad(), attention_implementation(model, COLLECTING_NAME):
-            for batch in batches:
+            for batch in moved_batches(batches, device):
                 sums.start_batch()
                 try:
-                    model(**{name: _to(value, device) for name, value in batch.items()})
+                    model(**batch)
                 except _AllCollected:
                     continue
     finally:
@@ -122,10 +124,6 @@ def _collecting_attention(
     if output is None:
         raise _AllCollected
     return output, None
-
-
-def _to(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 AttentionInterface.register(COLLECTING_NAME, _collecting_attention)

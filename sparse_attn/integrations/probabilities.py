@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..calibration import ProbabilityHistogram
 from ..masks import GlobalMask
 from ..progress import progress as show_progress
+from .batches import expect_several, moved_batches
 from .models import attention_implementation, encoder_of, evaluating
 from .routing import padding_mask, sparse_attention_forward
 from .transformers import patched
@@ -35,10 +36,11 @@ def collect_probabilities(
         progress: whether to show a progress bar.
 
     Raises:
-        TypeError: the model is of no supported family.
+        TypeError: the model is of no supported family; batches that are no mappings of tensors.
         ValueError: no batch, an attention_mask that is not [batch, length], or a mask that does not fit the model.
     """
     histogram = ProbabilityHistogram()
+    expect_several(batches)
     encoder = encoder_of(model)
     device = next(model.parameters()).device
     try:
@@ -50,8 +52,9 @@ def collect_probabilities(
         ):
             for module in encoder.attention:
                 object.__setattr__(module, _HISTOGRAM, histogram)
-            for batch in show_progress(batches, "counting probabilities", enabled=progress):
-                model(**{name: value.to(device) for name, value in batch.items()})
+            shown = show_progress(batches, "counting probabilities", enabled=progress)
+            for batch in moved_batches(shown, device):
+                model(**batch)
     finally:
         for module in encoder.attention:
             module.__dict__.pop(_HISTOGRAM, None)

@@ -58,7 +58,7 @@ def patch_bert(
         The same model. A patched model is patched anew.
 
     Raises:
-        TypeError: the model is not a BERT.
+        TypeError: the model is not a BERT, or its linear layers are quantised; unpad or onednn is no bool.
         ValueError: the mask has other layers or heads than the model, or is not square; bits or backend are wrong;
             onednn is True and torch is built without.
     """
@@ -84,6 +84,10 @@ def patch_model(
     encoder = encoder_of(model)
     mask, table = _as_mask(mask), as_table(bits)
     _check_mask(encoder, mask)
+    _check_weights(encoder)
+    for name, value in (("unpad", unpad), ("onednn", onednn)):
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, expected True, False or None")
     layers: dict[nn.Module, list[int]] = {}
     for layer, module in enumerate(encoder.attention):
         layers.setdefault(module, []).append(layer)
@@ -188,4 +192,13 @@ def _check_mask(encoder: Encoder, mask: GlobalMask) -> None:
     if mask.query_len != mask.key_len:
         raise ValueError(
             f"the mask covers {mask.query_len} queries and {mask.key_len} keys; self-attention needs a square one"
+        )
+
+
+def _check_weights(encoder: Encoder) -> None:
+    query = encoder.query_of(encoder.attention[0])
+    if not isinstance(query.weight, Tensor):
+        raise TypeError(
+            f"the attention's query projection is {type(query).__module__}.{type(query).__name__}, whose weight is no "
+            "tensor; patch the model with onednn=False first and quantise it then"
         )

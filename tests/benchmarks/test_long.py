@@ -97,3 +97,9 @@ def test_bad_options(tmp_path, capsys):
     with pytest.raises(SystemExit):
         long.parse_options(["--json", str(tmp_path)])
     assert {one.name for one in variants_on(torch.device("cuda"))} >= {"compiled", "sparse-compiled"}
+
+
+def test_a_density_above_1_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        long.main(["--density", "2"])
+    assert "--density: 2.0 is no share above 0 and up to 1" in capsys.readouterr().err

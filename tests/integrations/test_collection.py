@@ -247,6 +247,22 @@ def test_bad_input_is_named(model):
         collect_averages(torch.nn.Linear(2, 2), [], progress=False)
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (padded_inputs(), "batches is one dict, .*pass .batch."),
+        (torch.ones(2, 3), "batches is Tensor, expected an iterable"),
+        ([(torch.ones(2, 3),)], "a batch is tuple, expected the model's arguments by name"),
+        ([{"input_ids": [[1, 2]]}], "input_ids is list, expected a tensor"),
+    ],
+)
+def test_batches_of_other_types_are_named(model, batches, message):
+    with pytest.raises(TypeError, match=message):
+        collect_averages(model, batches, progress=False)
+    with pytest.raises(TypeError, match=message):
+        collect_probabilities(model, batches, GlobalMask.random(2, 2, 20, sparsity=0.5), progress=False)
+
+
 def test_progress_bar_shows(model, capsys):
     collect_averages(model, [padded_inputs()], progress=True)
     assert "collecting attention" in capsys.readouterr().err

@@ -1,0 +1,37 @@
+"""Batches for a model: what they must be, and how they reach its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+_EXAMPLE = "tokenizer(texts, padding=True, return_tensors='pt')"
+
+
+def moved_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, object]]:
+    """Each batch as keyword arguments of a model's forward, its tensors on `device`.
+
+    Raises TypeError for batches that are no mappings, and for tokens that are no tensors.
+    """
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"a batch is {type(batch).__name__}, expected the model's arguments by name, such as {_EXAMPLE} or "
+                "{'input_ids': ..., 'attention_mask': ...}"
+            )
+        for name in ("input_ids", "attention_mask"):
+            if name in batch and not isinstance(batch[name], Tensor | None):
+                raise TypeError(
+                    f"{name} is {type(batch[name]).__name__}, expected a tensor [batch, length]: {_EXAMPLE}"
+                )
+        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def expect_several(batches: Iterable[Mapping[str, Tensor]]) -> None:
+    """Raises TypeError for one batch in the place of many."""
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches is one {type(batches).__name__}, expected an iterable of such: pass [batch]")
+    if isinstance(batches, Tensor):
+        raise TypeError(f"batches is Tensor, expected an iterable of batches, each such as {_EXAMPLE}")
