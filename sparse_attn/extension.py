@@ -8,12 +8,17 @@ from pathlib import Path
 
 import torch
 
+_FROM_HERE = "in the project's folder `pip install --no-build-isolation"
 HOW_TO_GET_IT = (
     "install a C++ compiler and build sparse_attn again where torch is installed: "
-    "`pip install --no-build-isolation --no-deps --force-reinstall sparse-attn`, "
-    "or in a checkout `pip install --no-build-isolation -e .`"
+    f"{_FROM_HERE} --no-deps --force-reinstall .` (`-e .` for an editable installation)"
 )
 _loading = threading.Lock()
+
+
+def how_to_install(extra: str) -> str:
+    """How to install what an extra of pyproject.toml names; no package index has sparse_attn."""
+    return f'{_FROM_HERE} ".[{extra}]"`'
 
 
 def available() -> bool:

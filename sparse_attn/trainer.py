@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .extension import how_to_install
+
 _BATCHES_SORTED_TOGETHER = 16
 
 
@@ -57,7 +59,7 @@ class Schedule:
 def require_accelerate() -> None:
     """Raises ModuleNotFoundError where accelerate, which transformers' Trainer needs, is not installed."""
     if importlib.util.find_spec("accelerate") is None:
-        raise ModuleNotFoundError('training needs accelerate, which is not installed: pip install "sparse-attn[bench]"')
+        raise ModuleNotFoundError(f"training needs accelerate, which is not installed: {how_to_install('bench')}")
 
 
 class LengthGroupedBatches:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
+from sparse_attn import extension
 from sparse_attn.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,3 +242,11 @@ def test_hooks_and_constraints_name_the_same_versions():
     hooks = re.findall(r'"([\w-]+)==([\w.]+)"', (ROOT / ".pre-commit-config.yaml").read_text())
     assert {tool for tool, _ in hooks} == {"ruff", "clang-format", "typos"}
     assert all(pinned[tool] == version for tool, version in hooks)
+
+
+def test_remedies_install_from_the_projects_folder():
+    """No package index has sparse_attn."""
+    assert extension.how_to_install("bench") == (
+        """in the project's folder `pip install --no-build-isolation ".[bench]"`"""
+    )
+    assert "--force-reinstall ." in extension.HOW_TO_GET_IT and "sparse-attn" not in extension.HOW_TO_GET_IT

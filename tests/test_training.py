@@ -109,5 +109,5 @@ def test_low_precision_weights_are_refused():
 
 def test_without_accelerate_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("sparse_attn.trainer.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"accelerate.*sparse-attn\[bench\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"accelerate.*project.s folder.*\.\[bench\]"):
         finetune_question_answering(tiny_model(), marked_windows(4), 0)

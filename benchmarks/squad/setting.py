@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sparse_attn import AttentionAverages, GlobalMask, patched
 from sparse_attn.distributed import rank_and_world
+from sparse_attn.extension import how_to_install
 from sparse_attn.squad.reading import Question
 from sparse_attn.squad.windows import Window, length_sorted_batches, make_windows
 from sparse_attn.trainer import require_accelerate
@@ -187,7 +188,7 @@ def _require_packages(*names: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"the benchmark needs {', '.join(missing)}, not installed here: pip install 'sparse-attn[bench]'"
+            f"the benchmark needs {', '.join(missing)}, not installed here: {how_to_install('bench')}"
         )
 
 

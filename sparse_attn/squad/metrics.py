@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sparse_attn.extension import how_to_install
 from sparse_attn.squad.reading import Question
 
 
@@ -26,7 +27,7 @@ def exact_match_and_f1(predictions: Mapping[str, str], questions: Sequence[Quest
         from torchmetrics.text import SQuAD
     except ImportError as error:
         raise ImportError(
-            'exact match and F1 need torchmetrics, which is not installed: pip install "sparse-attn[bench]"'
+            f"exact match and F1 need torchmetrics, which is not installed: {how_to_install('bench')}"
         ) from error
     _expect_same_ids(predictions, questions)
     metric = SQuAD()
