@@ -8,7 +8,7 @@ patch_bert(model, mask, bits=3)
 from .attention import sparse_attention
 from .averages import AttentionAverages
 from .calibration import ProbabilityHistogram, calibrated_table, renormalised_table
-from .distillation import distil
+from .distillation import distil, text_windows
 from .integrations.collection import collect_averages
 from .integrations.probabilities import collect_probabilities
 from .integrations.transformers import is_patched, patch_bert, patch_model, patched, unpatch
@@ -16,6 +16,7 @@ from .layout import SparseLayout
 from .masks import GlobalMask
 from .published import load_published_averages
 from .quantization import QuantizationTable, log_table, quantize
+from .training import finetune_question_answering
 from .version import __version__
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "collect_averages",
     "collect_probabilities",
     "distil",
+    "finetune_question_answering",
     "is_patched",
     "load_published_averages",
     "log_table",
@@ -38,5 +40,6 @@ __all__ = [
     "quantize",
     "renormalised_table",
     "sparse_attention",
+    "text_windows",
     "unpatch",
 ]

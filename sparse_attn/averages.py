@@ -18,7 +18,7 @@ from .files import load_tensors, save_tensors
 _KIND = "attention averages"
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class AttentionAverages:
     """Sums of attention probabilities and how often each pair of positions was seen.
 
@@ -66,6 +66,22 @@ class AttentionAverages:
         if counts is None:
             counts = (mean != 0).flatten(0, 1).any(0)
         return cls(mean.to(torch.float64) * counts, counts, metadata=metadata)
+
+    def __repr__(self) -> str:
+        return (
+            f"AttentionAverages(layers={self.layers}, heads={self.heads}, query_len={self.query_len}, "
+            f"key_len={self.key_len}, sequences={self.sequences}, tokens={self.tokens})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, AttentionAverages)
+            and (self.sequences, self.tokens, self.metadata) == (other.sequences, other.tokens, other.metadata)
+            and torch.equal(self.sums, other.sums)
+            and torch.equal(self.counts, other.counts)
+        )
+
+    __hash__ = None
 
     @property
     def layers(self) -> int:

@@ -8,6 +8,9 @@ from torch import Tensor
 from .layout import SparseLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SHORTEN_OR_LENGTHEN = (
+    "Truncate (the tokenizer's max_length), or make a longer mask: collect_averages(max_length=...) on longer inputs"
+)
 
 
 def check_call(
@@ -77,8 +80,8 @@ def _check_layout(query: Tensor, key: Tensor, layout: SparseLayout, packed: bool
     if query_len > layout.query_len or key_len > layout.key_len:
         raise ValueError(
             f"the sequence is longer than the mask: queries end at position {query_len} and keys at {key_len}, the "
-            f"mask covers {layout.query_len} queries and {layout.key_len} keys. Collect averages on longer inputs or "
-            "truncate"
+            f"mask covers {layout.query_len} queries and {layout.key_len} keys. {_SHORTEN_OR_LENGTHEN}; padding alone "
+            "beyond it leaves a patched model with unpad=True, in training mode too"
         )
 
 
@@ -116,8 +119,7 @@ def check_packed_length(longest: int, query_offset: int, layout: SparseLayout) -
     if longest + query_offset > layout.query_len or longest > layout.key_len:
         raise ValueError(
             f"the longest packed sequence has {longest} tokens (query_offset {query_offset}), longer than the mask, "
-            f"which covers {layout.query_len} queries and {layout.key_len} keys. Collect averages on longer inputs or "
-            "truncate"
+            f"which covers {layout.query_len} queries and {layout.key_len} keys. {_SHORTEN_OR_LENGTHEN}"
         )
 
 

@@ -133,3 +133,11 @@ def test_bad_patterns_are_named(tmp_path):
         load_published_averages(path)
     with pytest.raises(ValueError, match="source is 'gpt'"):
         load_published_averages(path, source="gpt")
+
+
+def test_one_line_and_comparison():
+    mean = torch.ones(2, 3, 4, 4) / 4
+    averages, other = (AttentionAverages.from_mean(mean) for _ in range(2))
+    assert repr(averages) == ("AttentionAverages(layers=2, heads=3, query_len=4, key_len=4, sequences=0, tokens=0)")
+    assert averages == other and averages != AttentionAverages.from_mean(mean / 2) and averages != 1
+    assert averages != AttentionAverages.from_mean(mean[:, :, :3, :3])

@@ -53,6 +53,8 @@ def patch_bert(
             data (compile the layers, `layer.compile()`, to have both); capturing a CUDA graph, which does too, is
             refused: pass False for that. If they stay, their hidden states are not meaningful. With a key-value cache,
             cross-attention, chunked feed-forward layers or one attention_mask [1, length] for a whole batch they stay.
+        onednn: whether torch's oneDNN operator computes linear layers and GELU in passes on a CPU that need no
+            gradients. None: where the model lies on a CPU that torch's build of oneDNN has kernels for.
 
     Returns:
         The same model. A patched model is patched anew.

@@ -434,7 +434,7 @@ def test_wrong_inputs_are_named(model):
     with pytest.raises(ValueError, match="longest packed sequence has 20 tokens .* the mask, which covers 16"):
         run(model, device_inputs())
     patch_bert(model, GlobalMask.random(2, 2, 16, sparsity=0.5), unpad=False)
-    with pytest.raises(ValueError, match="queries end at position 20 and keys at 20, the mask covers 16"):
+    with pytest.raises(ValueError, match="queries end at position 20 and keys at 20, the mask covers 16.*unpad=True"):
         run(model, device_inputs())
     inputs = device_inputs((8, 8))
     inputs["attention_mask"] = torch.ones(2, 1, 8, 8, device=DEVICE)
@@ -466,6 +466,15 @@ def test_one_padding_mask_for_all_sequences(model, unpad):
     ours, theirs = (run(model, inputs, output_hidden_states=True) for inputs in (short, each))
     for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
         close(one, other, each)
+
+
+def test_padding_beyond_the_mask_leaves_in_training_mode_when_asked(model):
+    inputs = device_inputs((20, 20))
+    inputs["attention_mask"][:, 12:] = 0
+    mask = GlobalMask.random(2, 2, 16, sparsity=0.5)
+    with pytest.raises(ValueError, match="the mask covers 16.*max_length.*collect_averages.*unpad=True"):
+        patch_bert(model, mask).train()(**inputs)
+    patch_bert(model, mask, unpad=True).train()(**inputs)
 
 
 def test_registered_name_is_accepted_by_transformers(model):
