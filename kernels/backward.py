@@ -212,7 +212,7 @@ def grad_key_value_kernel(
             row_delta = tl.load(delta + rows, mask=row_ok, other=0.0)[None, :]
             scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [ROWS keys, COLUMNS queries]
             if part > 0 or not FULL:
-                kept = kept_by_rows(part_bits, entry, length, ROWS, COLUMNS)
+                kept = row_ok[None, :] & kept_by_rows(part_bits, entry, length, ROWS, COLUMNS)
                 scores = tl.where(kept, scores, float("-inf"))
             if CAUSAL:
                 scores = tl.where(keys[:, None] <= position[None, :], scores, float("-inf"))
