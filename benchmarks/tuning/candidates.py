@@ -11,7 +11,7 @@ from sparse_attn.layout import ROWS
 
 COLUMNS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
-STAGES = (1, 2, 3, 4)
+STAGES = (1, 2, 3, 5, 7)  # rows are gathered by loaded columns: a copy runs (stages - 1) // 2 steps ahead
 HELD = (0, 64, 128, 256, 512)
 _HELD_FIRST = 128
 
@@ -35,11 +35,11 @@ def grid(problem: Problem) -> Iterator[KernelConfig]:
     columns = COLUMNS[1:] if problem.element_bytes == 2 else COLUMNS[:3]
     for rows, wide, warps in product(ROWS, columns, WARPS):
         if warps > 1 or rows == 16:
-            yield KernelConfig(rows, wide, warps, num_stages=2)
+            yield KernelConfig(rows, wide, warps, num_stages=3)
     if problem.kernel == "forward":
         for rows, held, warps in product(ROWS[:3], (128, 256, 512), (4, 8)):
             wide = columns[0] if rows > 16 else columns[1]
-            yield KernelConfig(rows, wide, warps, num_stages=2, held=held)
+            yield KernelConfig(rows, wide, warps, num_stages=3, held=held)
 
 
 def neighbours(config: KernelConfig) -> Iterator[KernelConfig]:
