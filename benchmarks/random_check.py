@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sparse_attn.backends import native_cpu, native_cuda
-from sparse_attn.backends.triton import TRITON_INSTALLED, interpreting
+from sparse_attn.backends.triton import NOT_INSTALLED, TRITON_INSTALLED, interpreting
 
 from . import BEGUN
 from .device import describe_device, pick_device
@@ -168,7 +168,7 @@ def _usable_device(backend: str, name: str | None) -> torch.device:
             raise ValueError(f"the extension has no kernels for {device.type}; python -m sparse_attn.doctor says why")
         return device
     if not TRITON_INSTALLED:
-        raise ValueError("Triton is not installed; install sparse-attn[gpu]")
+        raise ValueError(NOT_INSTALLED)
     if device.type == "cpu" and not interpreting():
         raise ValueError("on a CPU only Triton's interpreter runs the kernels; set TRITON_INTERPRET=1")
     return device

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparse_attn.backends.triton import TRITON_INSTALLED, interpreting
+from sparse_attn.backends.triton import NOT_INSTALLED, TRITON_INSTALLED, interpreting
 from sparse_attn.kernels.configuration import TABLES, architecture_of, table_name
 
 from .options import OneLineParser, at_least, file_to_write, names, positive
@@ -125,7 +125,7 @@ def _gpu() -> torch.device:
         reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
         raise ValueError(f"no GPU is available ({reason}); tune on a machine with the GPU that the table is for")
     if not TRITON_INSTALLED:
-        raise ValueError("Triton is not installed; install sparse-attn[gpu]")
+        raise ValueError(NOT_INSTALLED)
     if interpreting():
         raise ValueError("TRITON_INTERPRET is set, so kernels would not run on the GPU; unset it")
     return torch.device("cuda", torch.cuda.current_device())

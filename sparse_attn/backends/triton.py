@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import extension
 from ..kernels.configuration import KERNELS, MAX_HEAD_DIM, KernelConfig, Problem, choose
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape, register_backend
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # imports Triton
 
 NAME = "triton"
 BACKWARD_USES_LSE = True
+NOT_INSTALLED = f"Triton is not installed; {extension.how_to_install('gpu')}"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_OFFSET = 2**31 - 1  # offsets within one head are 32-bit
@@ -31,7 +33,7 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
     """Why the kernels cannot compute `call`; empty if they can."""
     reasons = []
     if not TRITON_INSTALLED:
-        reasons.append("Triton is not installed; install sparse-attn[gpu]")
+        reasons.append(NOT_INSTALLED)
     elif call.query.device.type != "cuda" and not interpreting():
         reasons.append(
             f"the query is on {call.query.device}, not on a GPU; on a CPU only Triton's interpreter runs the kernels, "
