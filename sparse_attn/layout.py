@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .bitpacking import PackedMask
-from .step_lists import StepLists
+from .step_lists import StepLists, step_bits_of
 
 ROWS = (16, 32, 64, 128)  # sizes of a row group; 16 is canonical, the others are unions of it
 BITS_PER_WORD = 32
@@ -125,7 +125,9 @@ class SparseLayout:
         form = rows, transposed, split
         if form not in self._step_lists:
             lists = self._lists[form] if form in self._lists else self._compiled(*form)
-            self._step_lists[form] = StepLists.of(lists).to(self.device)
+            step_bits = step_bits_of(lists.stops, lists.row_bits, rows)
+            steps = StepLists(lists.stops, lists.columns, step_bits, lists.order, lists.full)
+            self._step_lists[form] = steps.to(self.device)
         return self._step_lists[form]
 
     def _compiled(self, rows: int, transposed: bool, split: bool) -> ColumnLists:

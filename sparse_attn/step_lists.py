@@ -6,13 +6,9 @@ A thread that computes some entries of a row loads one word for all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:  # which makes step lists of its own
-    from .layout import ColumnLists
 
 STEP = 32  # entries whose bits are in one word
 # 32 x 32 bits are transposed by swapping the off-diagonal blocks of 16, 8, 4, 2 and 1 bits.
@@ -36,10 +32,6 @@ class StepLists:
     order: Tensor
     full: bool
 
-    @classmethod
-    def of(cls, lists: ColumnLists) -> StepLists:
-        return cls(lists.stops, lists.columns, _step_bits(lists), lists.order, lists.full)
-
     def tensors(self) -> list[Tensor]:
         return [self.stops, self.columns, self.step_bits, self.order]
 
@@ -47,17 +39,18 @@ class StepLists:
         return StepLists(*(tensor.to(device) for tensor in self.tensors()), self.full)
 
 
-def _step_bits(lists: ColumnLists) -> Tensor:
-    entries, words = lists.row_bits.shape
-    starts, ends = lists.stops[..., 0].flatten().long(), lists.stops[..., -1].flatten().long()
+def step_bits_of(stops: Tensor, row_bits: Tensor, rows: int) -> Tensor:
+    """`StepLists.step_bits` from what `ColumnLists` says of groups of `rows` queries."""
+    entries, words = row_bits.shape
+    starts, ends = stops[..., 0].flatten().long(), stops[..., -1].flatten().long()
     first_step = starts // STEP + torch.arange(len(starts), device=starts.device)
     moves = first_step * STEP - starts  # what lies between an entry's number and its place
     places = torch.arange(entries, device=starts.device) + moves.repeat_interleave(ends - starts, output_size=entries)
-    bits = lists.row_bits.new_zeros(entries // STEP + len(starts), STEP, words)
-    bits.view(-1, words)[places] = lists.row_bits
+    bits = row_bits.new_zeros(entries // STEP + len(starts), STEP, words)
+    bits.view(-1, words)[places] = row_bits
     for width, low in _LOW_HALVES.items():  # [step, entry, word of rows] -> [step, row, word of rows]
         upper, lower = bits.view(-1, STEP // (2 * width), 2, width, words).unbind(2)
         swapped = ((upper >> width) ^ lower) & low
         lower ^= swapped
         upper ^= swapped << width
-    return bits.transpose(1, 2).flatten(1)[:, : lists.rows].contiguous()
+    return bits.transpose(1, 2).flatten(1)[:, :rows].contiguous()

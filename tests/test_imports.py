@@ -16,7 +16,7 @@ LAYERS = [
     ["version"],
     ["files", "extension", "progress", "dropout", "distributed", "cutting"],
     ["bitpacking"],
-    ["averages", "published", "quantization", "calibration", "ranking"],
+    ["averages", "published", "quantization", "calibration", "ranking", "step_lists"],
     ["layout"],
     ["masks"],
     ["ops", "validation"],
