@@ -62,9 +62,10 @@ def log_table(bits: int, threshold: float = DEFAULT_THRESHOLD) -> QuantizationTa
 
     Raises ValueError for bits outside 1..8 and for a threshold outside (0, 1), TypeError for bits that are no integer.
     """
-    if isinstance(bits, bool) or not hasattr(bits, "__index__"):
+    if not isinstance(bits, int) and hasattr(bits, "__index__"):  # NumPy's; torch.compile traces no hasattr of an int
+        bits = operator.index(bits)
+    if isinstance(bits, bool) or not isinstance(bits, int):
         raise TypeError(f"bits is {bits!r}, expected an integer in 1..{MAX_BITS} or None for no rounding")
-    bits = operator.index(bits)
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}, expected 1..{MAX_BITS}, or None for no rounding")
     if not 0.0 < threshold < 1.0:

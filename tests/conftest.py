@@ -9,6 +9,10 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # how long an example takes is no matter of a test
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def refusal(config: KernelConfig, problem: Problem, facts: ListFacts, shared_lim
         one_step = config.num_stages == 1 or columns == config.held
         if _registers(config, problem, columns, one_step) > _REGISTERS:
             return "registers"
-        if _shared_bytes(config, problem, columns, 1 if one_step else config.num_stages) > shared_limit:
+        if _shared_bytes(config, problem, columns, 1 if one_step else _steps_held(config.num_stages)) > shared_limit:
             return "shared memory"
     return None
 
@@ -107,7 +107,12 @@ def _registers(config: KernelConfig, problem: Problem, columns: int, one_step: b
     return (sums + scores + operand + gathered) / (_WARP * config.num_warps)
 
 
-def _shared_bytes(config: KernelConfig, problem: Problem, columns: int, stages: int) -> int:
-    """Two gathered tiles a stage, and the group's own rows where the matrix unit reads them from shared memory."""
+def _steps_held(num_stages: int) -> int:
+    """Whose tiles lie in shared memory at a time: gathers follow their indices, so every other stage loads tiles."""
+    return num_stages if num_stages < 3 else (num_stages - 1) // 2 + 1
+
+
+def _shared_bytes(config: KernelConfig, problem: Problem, columns: int, steps: int) -> int:
+    """Two gathered tiles a step, and the group's own rows where the matrix unit reads them from shared memory."""
     own = config.rows * (1 if problem.kernel == "forward" else 2)
-    return (2 * stages * columns + own) * _head_block(problem) * problem.element_bytes
+    return (2 * steps * columns + own) * _head_block(problem) * problem.element_bytes

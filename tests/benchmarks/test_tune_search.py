@@ -57,7 +57,8 @@ def test_candidates_fit_the_chip():
         return refusal(config, problem, facts, limit)
 
     assert why(KernelConfig(128, 128, 2, 2)) == "registers"
-    assert why(KernelConfig(64, 128, 4, 4), limit=100_000) == "shared memory"
+    assert why(KernelConfig(64, 128, 4, 7), limit=100_000) == "shared memory"
+    assert why(KernelConfig(64, 128, 4, 4), limit=100_000) is None  # as much as with 3 stages
     assert why(KernelConfig(16, 16, 8, 2)) == "warps without work"
     assert why(KernelConfig(64, 16, 2, 3, split=True), replace(facts, splits=False)) == "nothing to split"
     assert why(replace(HELD, held=512), replace(facts, longest=60)) == "holds far more than any list"

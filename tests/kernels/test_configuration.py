@@ -205,6 +205,7 @@ def test_native_entries_say_what_is_faster(some_gpu, monkeypatch):
 
     def order(head_dim=64, dtype=torch.float16, bits=False, training=False) -> tuple[str, ...]:
         layout = SparseLayout(torch.rand(1, 384, 384) < 0.1)
+        assert layout.spread > 1  # counted before it says that it is on a GPU
         layout.device = some_gpu
         return automatic(layout, head_dim, dtype, bits, training)
 
