@@ -70,7 +70,7 @@ def make_steps(options: Namespace, device: str) -> list[Step]:
         *(_sanitizer_step(tool) for tool in SANITIZERS),
         Step("long", _long_command(output / "long.json"), share=12, least=120),
     ]
-    wanted = chosen("--steps", options.steps or list(USUAL), list(NAMES))
+    wanted = chosen("--steps", list(USUAL) if options.steps is None else options.steps, list(NAMES))
     return [step for step in steps if step.name in wanted]
 
 

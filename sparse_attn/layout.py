@@ -133,7 +133,8 @@ class SparseLayout:
     def _compiled(self, rows: int, transposed: bool, split: bool) -> ColumnLists:
         if rows not in ROWS:
             raise ValueError(f"row groups of {rows} are not supported; choose one of {ROWS}")
-        return _compile(self._heads(transposed), rows, split)
+        shape = (self.key_len, self.query_len) if transposed else (self.query_len, self.key_len)
+        return _compile(self._heads(transposed), shape, rows, split)
 
     def keep(self) -> torch.Tensor:
         """The mask itself: bool [heads, query_len, key_len], true = kept; made anew at every call."""
@@ -198,14 +199,14 @@ def _group_counts(keep: torch.Tensor, rows: int) -> torch.Tensor:
     return padded.view(groups, rows, -1).sum(1)
 
 
-def _compile(heads: Iterable[torch.Tensor], rows: int, split: bool) -> ColumnLists:
-    """The lists of heads bool [query_len, key_len], on their device; the same bits on every device."""
+def _compile(heads: Iterable[torch.Tensor], shape: tuple[int, int], rows: int, split: bool) -> ColumnLists:
+    """The lists of heads bool [query_len, key_len], their `shape`, on their device; the same bits on every device."""
+    query_len, key_len = shape
+    groups = -(-query_len // rows)
     words = -(-rows // BITS_PER_WORD)
+    blocks = -(-key_len // STOP_KEYS)
     head_entries, any_full, any_partial = [], False, False
     for head in heads:  # one by one: the mask of a long sequence is large
-        query_len, key_len = head.shape
-        groups = -(-query_len // rows)
-        blocks = -(-key_len // STOP_KEYS)
         bit_weights = (1 << torch.arange(min(rows, BITS_PER_WORD), device=head.device)).view(1, -1, 1)
         real_rows = torch.full((groups, 1), rows, device=head.device)
         real_rows[-1] = query_len - (groups - 1) * rows

@@ -138,6 +138,9 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     options = gpu_suite.parse_options(["--output", str(tmp_path), "--model", "some/model"])
     usual = gpu_suite.make_steps(options, "Some GPU")
     assert [step.name for step in usual] == list(gpu_suite.USUAL)
+    options.steps = []
+    with pytest.raises(ValueError, match="--steps"):
+        gpu_suite.make_steps(options, "Some GPU")
     options.steps = list(gpu_suite.NAMES)
     steps = gpu_suite.make_steps(options, "Some GPU")
     assert [step.name for step in steps] == list(gpu_suite.NAMES) and not any(step.skipped for step in steps)

@@ -5,6 +5,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
 from transformers.masking_utils import eager_mask
 
+from tests.helpers import DEVICE
+
 TWIN = "masked_eager_twin"
 
 
@@ -64,3 +66,17 @@ def padded_inputs(lengths=(20, 13, 1), side="right") -> dict[str, torch.Tensor]:
     real = torch.arange(total) < torch.tensor(lengths).view(-1, 1)
     real = real if side == "right" else real.flip(1)
     return {"input_ids": torch.randint(0, 99, (len(lengths), total)), "attention_mask": real.long()}
+
+
+def device_inputs(*arguments, **keywords):
+    return {name: value.to(DEVICE) for name, value in padded_inputs(*arguments, **keywords).items()}
+
+
+def run(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs)
+
+
+def close(ours, theirs, inputs, atol=1e-5):
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=atol, rtol=1e-5)

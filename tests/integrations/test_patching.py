@@ -11,9 +11,9 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 from transformers.models.bert import modeling_bert
 
 from sparse_attn import GlobalMask, is_patched, patch_bert, patched, sparse_attention, unpatch
-from sparse_attn.integrations import routing, unpadding
+from sparse_attn.integrations import routing
 from tests.helpers import DEVICE
-from tests.integrations.conftest import padded_inputs, small_config
+from tests.integrations.conftest import close, device_inputs, run, small_config
 
 MASK = GlobalMask.random(2, 2, 32, sparsity=0.7)
 HEAD_CLASSES = [
@@ -27,20 +27,6 @@ HEAD_CLASSES = [
 def model(model):
     """The small BERT on the GPU where there is one, else on the CPU with Triton's interpreter."""
     return model.to(DEVICE)
-
-
-def device_inputs(*arguments, **keywords):
-    return {name: value.to(DEVICE) for name, value in padded_inputs(*arguments, **keywords).items()}
-
-
-def run(model, inputs, **kwargs):
-    with torch.no_grad():
-        return model(**inputs, **kwargs)
-
-
-def close(ours, theirs, inputs, atol=1e-5):
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(ours[real], theirs[real], atol=atol, rtol=1e-5)
 
 
 @pytest.mark.parametrize("granularity", ["element", "tile"])
@@ -249,109 +235,19 @@ def test_gradients_equal_masked_eager(model, backend):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_compiles_as_one_graph_for_any_length(model, backend):
-    patch_bert(model, MASK, bits=3, backend=backend)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    for lengths in ((20, 13), (31, 2), (9, 9)):
-        inputs = device_inputs(lengths)
-        close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs)
-    inputs.pop("attention_mask")
-    torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
-
-
-@pytest.mark.parametrize("unpad", [True, False])
-def test_layers_compiled_one_by_one_are_compiled_once(model, unpad):
-    patch_bert(model, MASK, unpad=unpad)
-    batches = [device_inputs(lengths) for lengths in ((20, 13), (31, 2))]
-    expected = [run(model, inputs).last_hidden_state for inputs in batches]
-    torch._dynamo.reset()
-    graphs = []
-
-    def compiler(graph, _):
-        graphs.append(graph)
-        return graph
-
-    for layer in model.encoder.layer:
-        layer.compile(backend=compiler, dynamic=True)
-    for inputs, output in zip(batches, expected, strict=True):
-        close(run(model, inputs).last_hidden_state, output, inputs)
-    assert len(model.encoder.layer) > len(graphs) == 1
-
-
 def test_a_frozen_model_holds_no_lists_for_gradients_until_it_trains(model):
     """They take as much memory as the others, or several times as much."""
     mask = GlobalMask(MASK.keep)
     patch_bert(model.requires_grad_(False), mask)
     run(model, device_inputs())
-    forms = [mask.layout(layer, DEVICE)._lists for layer in range(mask.layers)]
-    assert not [form for lists in forms for form in lists if form[1]], "transposed"
+    layouts = [mask.layout(layer, DEVICE) for layer in range(mask.layers)]
+
+    def transposed(layout):
+        return [form for form in (*layout._lists, *layout._step_lists) if form[1]]
+
+    assert not any(map(transposed, layouts))
     model.requires_grad_(True).train()
-    assert all([form for form in lists if form[1]] for lists in forms)
-
-
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_compiled_passes_have_gradients(model, mode):
-    """A traced pass finds its lists, also in evaluation mode, where weights ask for gradients all the same."""
-    patch_bert(getattr(model, mode)(), GlobalMask(MASK.keep))
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    compiled(**device_inputs()).last_hidden_state.square().sum().backward()
-    assert model.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
-
-
-class OnGpu(torch.Tensor):
-    """Says that it is on a GPU."""
-
-    @property
-    def is_cuda(self):
-        return True
-
-
-def test_unpadding_while_a_cuda_graph_is_captured(monkeypatch):
-    """Refused by name; but torch.compile cannot trace the question and gets its answer without."""
-    stack = torch.nn.Module().eval()
-    stack.sparse_attention_unpad = None
-    hidden = torch.zeros(1).as_subclass(OnGpu)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="CUDA graph is being captured.*unpad=False"):
-        unpadding._possible(stack, hidden, {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert unpadding._possible(stack, hidden, {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", None)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not unpadding._possible(stack, hidden, {})
-
-
-@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
-@pytest.mark.parametrize("mode", ["graph", "reduce-overhead"])
-def test_captured_in_a_cuda_graph(model, mode):
-    """A captured pass computes new inputs of the same shape: nothing of it looks at values on the host."""
-    patch_bert(model.half(), MASK, bits=3, unpad=False if mode == "graph" else None)
-    inputs = device_inputs()
-    if mode == "reduce-overhead":
-        torch._dynamo.reset()
-        replay = torch.compile(model, fullgraph=True, mode=mode)
-        for _ in range(3):
-            run(replay, inputs)
-    else:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            run(model, inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run(model, inputs)
-
-        def replay(**_):
-            graph.replay()
-            return captured
-
-    for lengths in ((20, 7, 3), (20, 20, 19)):
-        for name, value in device_inputs(lengths).items():
-            inputs[name].copy_(value)
-        close(run(replay, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs, atol=1e-2)
+    assert all(map(transposed, layouts))
 
 
 def test_follows_the_model(model, tmp_path):
