@@ -151,6 +151,6 @@ def test_the_kernels_for_amx_multiply_tiles_in_both_products():
     assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert {"ldtilecfg", "tilerelease"} <= set(re.findall(r"\b(?:ldtilecfg|tilerelease)\b", assembly))
     products = set(re.findall(r"tdpbf16ps %(tmm\d),%(tmm\d),%(tmm\d)", assembly))  # B, A, sum
-    assert products == {("tmm2", "tmm3", "tmm0"), ("tmm2", "tmm4", "tmm1")} | {
-        ("tmm5", "tmm4", f"tmm{tile}") for tile in range(4)
+    assert products == {("tmm4", "tmm5", "tmm0"), ("tmm4", "tmm6", "tmm1")} | {
+        (f"tmm{values}", "tmm4", f"tmm{tile}") for tile, values in enumerate((5, 6, 7, 5))
     }

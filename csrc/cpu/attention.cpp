@@ -175,10 +175,15 @@ struct Free {
   }
 };
 
-// Runs `kernel(task, next, workspace)` for the groups [first, end) of every head of every sequence. Threads take the
-// next task when they are done with one, since lists differ in length.
-template <class Kernel>
-void for_each_task(const Call& call, const Kernels& kernels, int64_t first, int64_t end, const Kernel& kernel) {
+// Runs a kernel for the groups [first, end) of every head of every sequence. Threads take the next task when they are
+// done with one, since lists differ in length.
+template <class SomeCall>
+void for_each_task(
+    const SomeCall& call,
+    const Kernels& kernels,
+    int64_t first,
+    int64_t end,
+    void (*kernel)(const SomeCall&, const Task&, float*)) {
   const int64_t heads = call.batch * call.heads, groups = end - first;
   if (heads == 0 || groups <= 0) {
     return;
@@ -186,11 +191,6 @@ void for_each_task(const Call& call, const Kernels& kernels, int64_t first, int6
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>((TASKS_PER_THREAD * threads + heads - 1) / heads, 1, groups);
   const int64_t tasks = heads * parts;
-  const auto task_at = [&](int64_t index) {
-    const int64_t head = index / parts, part = index % parts;
-    return Task{
-        head / call.heads, head % call.heads, first + groups * part / parts, first + groups * (part + 1) / parts};
-  };
   std::atomic<int64_t> taken{0};
   std::atomic<bool> out_of_memory{false};
   torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
@@ -201,7 +201,10 @@ void for_each_task(const Call& call, const Kernels& kernels, int64_t first, int6
       return;
     }
     for (int64_t index = taken++; index < tasks; index = taken++) {
-      kernel(task_at(index), task_at(std::min(index + threads, tasks - 1)), workspace.get());
+      const int64_t head = index / parts, part = index % parts;
+      const Task task{
+          head / call.heads, head % call.heads, first + groups * part / parts, first + groups * (part + 1) / parts};
+      kernel(call, task, workspace.get());
     }
   });
   STD_TORCH_CHECK(!out_of_memory, "not enough memory for the workspace of an attention call");
@@ -262,10 +265,7 @@ void native_attention(
   call.lse = lse.numel() > 0 ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   const Kernels& kernels = kernels_named(instruction_set);
   const int64_t end = (call.query_len + query_offset + GROUP_ROWS - 1) / GROUP_ROWS;
-  for_each_task(
-      call, kernels, query_offset / GROUP_ROWS, end, [&](const Task& task, const Task& next, float* workspace) {
-        kernels.forward(call, task, next, workspace);
-      });
+  for_each_task(call, kernels, query_offset / GROUP_ROWS, end, kernels.forward);
 }
 
 void native_attention_backward(
@@ -337,16 +337,8 @@ void native_attention_backward(
   call.delta = static_cast<float*>(delta.mutable_data_ptr());
   const Kernels& kernels = kernels_named(instruction_set);
   const int64_t query_groups = (call.query_len + query_offset + GROUP_ROWS - 1) / GROUP_ROWS;
-  for_each_task(
-      call, kernels, query_offset / GROUP_ROWS, query_groups, [&](const Task& task, const Task&, float* workspace) {
-        kernels.backward_query(call, task, workspace);
-      });
-  for_each_task(
-      call,
-      kernels,
-      0,
-      (call.key_len + GROUP_ROWS - 1) / GROUP_ROWS,
-      [&](const Task& task, const Task&, float* workspace) { kernels.backward_key_value(call, task, workspace); });
+  for_each_task(call, kernels, query_offset / GROUP_ROWS, query_groups, kernels.backward_query);
+  for_each_task(call, kernels, 0, (call.key_len + GROUP_ROWS - 1) / GROUP_ROWS, kernels.backward_key_value);
 }
 
 }  // namespace

@@ -77,8 +77,7 @@ struct Task {
 struct Kernels {
   const char* name;
   int64_t (*workspace_floats)(const Call& call);
-  // `next` is the task whose rows are worth fetching ahead.
-  void (*forward)(const Forward& call, const Task& task, const Task& next, float* workspace);
+  void (*forward)(const Forward& call, const Task& task, float* workspace);
   void (*backward_query)(const Backward& call, const Task& task, float* workspace);
   void (*backward_key_value)(const Backward& call, const Task& task, float* workspace);
 };

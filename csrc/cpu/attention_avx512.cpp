@@ -1,6 +1,8 @@
 // The kernels for processors with AVX-512 (Skylake-SP, Zen 4 and later).
 #if defined(__x86_64__)
 
+#include <immintrin.h>
+
 #include "attention.h"
 #include "instructions.h"
 

@@ -15,14 +15,11 @@ SPARSE_ATTN_INLINE Floats add_products(Floats sum, int32_t pair, Floats lanes) {
       reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(lanes), reinterpret_cast<__m512bh>(Ints{} + pair)));
 }
 
-SPARSE_ATTN_INLINE Words rounded_to_bfloat16(Floats lanes) {
-  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(lanes));
-  return __builtin_convertvector(reinterpret_cast<Shorts>(halves), Words);
-}
-
-// Two weights as a pair of bfloat16 in each lane.
+// Two weights, positive or NaN, as a pair of bfloat16 in each lane; halves are rounded up.
 SPARSE_ATTN_INLINE Floats weight_pair(Floats first, Floats second) {
-  return reinterpret_cast<Floats>(rounded_to_bfloat16(first) | (rounded_to_bfloat16(second) << 16));
+  const Words low = (reinterpret_cast<Words>(first) + 0x8000) >> 16;
+  const Words high = (reinterpret_cast<Words>(second) + 0x8000) & 0xffff0000;
+  return reinterpret_cast<Floats>(low | high);
 }
 
 // Rows from `first` on as pairs, transposed to [head_dim / 2][16]; zeros in lanes that are not alive.
@@ -55,6 +52,21 @@ SPARSE_ATTN_INLINE void interleave(const void* first, const void* second, float*
   // clang-format on
   store(pairs, reinterpret_cast<Floats>(low));
   store(pairs + LANES, reinterpret_cast<Floats>(high));
+}
+
+// The same within quarters of a register, which takes half the time: the first register has elements 0 to 3, 8 to 11, 16
+// to 19 and 24 to 27, the second the others.
+SPARSE_ATTN_INLINE void interleave_quarters(const void* first, const void* second, float* pairs) {
+  const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+  _mm512_storeu_si512(pairs, _mm512_unpacklo_epi16(a, b));
+  _mm512_storeu_si512(pairs + LANES, _mm512_unpackhi_epi16(a, b));
+}
+
+// PAIRED_DIMS elements in the order of `interleave_quarters` as bfloat16 in natural order.
+SPARSE_ATTN_INLINE void store_quarters(void* to, Floats first, Floats second) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, reinterpret_cast<__m512i>(both)));
 }
 
 SPARSE_ATTN_INLINE int32_t pair_at(const uint16_t* elements) {

@@ -12,6 +12,8 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
+constexpr int64_t PREFETCHED_BYTES = 512 * 1024;
+
 // The keys that a group of queries meets, those that padding or causality hides left out.
 inline Entries keys_of_group(
     const Call& call, const Lists& lists, const Task& task, int64_t group, int64_t keys_end, Workspace& space) {
@@ -60,10 +62,37 @@ SPARSE_ATTN_INLINE Floats kept_or(const Entries& list, int64_t entry, int shift,
   return list.kept ? select(static_cast<uint32_t>(list.kept[entry]) >> shift, lanes, splat(otherwise)) : lanes;
 }
 
+// Rows [first, end) come into the L2 cache.
 inline void prefetch_rows(const Head& head, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; ++row) {
     for (int64_t byte = 0; byte < head.head_dim * head.bytes(); byte += 64) {
       __builtin_prefetch(head.at(row, 0) + byte, 0, 2);
+    }
+  }
+}
+
+// The keys and values of a head come into the L2 cache at once if they leave it room: in turn they arrive faster than
+// as lists name them.
+inline void prefetch_head(const Forward& call, const Sequence& sequence, int64_t head) {
+  const Head keys = head_of(call, call.key, sequence, head), values = head_of(call, call.value, sequence, head);
+  if (2 * sequence.keys_end * keys.head_dim * keys.bytes() > PREFETCHED_BYTES) {
+    return;
+  }
+  for (int64_t row = 0; row < sequence.keys_end; ++row) {
+    prefetch_rows(keys, row, row + 1);
+    prefetch_rows(values, row, row + 1);
+  }
+}
+
+inline void prefetch_list(const Lists& lists, int64_t head, int64_t group) {
+  if (group >= lists.groups) {
+    return;
+  }
+  const int32_t* stops = lists.stops + (head * lists.groups + group) * (lists.blocks + 1);
+  for (int64_t entry = stops[0]; entry < stops[lists.blocks]; entry += 16) {
+    __builtin_prefetch(lists.columns + entry);
+    if (!lists.full) {
+      __builtin_prefetch(lists.row_bits + entry);
     }
   }
 }
@@ -98,18 +127,16 @@ struct FloatProducts {
 };
 
 template <class Products>
-inline void forward_with(const Forward& call, const Task& task, const Task& next, float* memory) {
+inline void forward_with(const Forward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
+  prefetch_head(call, sequence, task.head);
   const Head query = head_of(call, call.query, sequence, task.head);
   const Head output = head_of(call, call.output, sequence, task.head);
   const Products products(call, sequence, task, space);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
-  const Sequence after = sequence_of(call, next.batch);
-  const Head next_heads[] = {
-      head_of(call, call.query, after, next.head),
-      head_of(call, call.key, after, next.head),
-      head_of(call, call.value, after, next.head)};
+  const bool rounds = call.rounding.count > 0;
+  const RoundToLevels round_to_levels(call.rounding);
   const Floats minus_infinity = splat(-std::numeric_limits<float>::infinity());
   float* scores = space.first_scores;
 
@@ -123,10 +150,10 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
       list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
       products.load_queries(query, first_row, alive);
     }
-    // The next head's rows come into the cache while this one is computed.
-    for (const Head& head : next_heads) {
-      prefetch_rows(head, std::max<int64_t>(first_row, 0), std::min(first_row + LANES, after.keys_end));
-    }
+    prefetch_list(call.lists, task.head, group + 1);
+    const int64_t next_row = first_row + LANES;
+    prefetch_rows(query, next_row, std::min(next_row + LANES, sequence.rows_end));
+    prefetch_rows(output, std::max<int64_t>(first_row, 0), std::min(next_row, sequence.rows_stored));
 
     Floats highest = minus_infinity;
     products.scores(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
@@ -139,17 +166,14 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
     for (int64_t entry = 0; entry < list.count; ++entry) {
       const Floats p = exp2_of(load(scores + entry * LANES) - highest);
       sum += p;
-      if (call.rounding.count == 0) {
+      if (!rounds) {
         store(scores + entry * LANES, p);
       }
     }
     const Floats real = sum == 0.0f ? splat(1.0f) : sum;  // NaN stays
     Floats normaliser = 1.0f / real;
-    if (call.rounding.count > 0 || call.lse) {
-      Floats lse2;
-      for (int lane = 0; lane < LANES; ++lane) {
-        lse2[lane] = highest[lane] + std::log2(real[lane]);
-      }
+    if (rounds || call.lse) {
+      const Floats lse2 = highest + log2_of(real);
       if (call.lse) {
         float* lse = call.lse + sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
         const Floats natural = select(alive, sum == 0.0f ? minus_infinity : lse2 * LN_2, minus_infinity);
@@ -159,10 +183,10 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
           }
         }
       }
-      if (call.rounding.count > 0) {
+      if (rounds) {
         normaliser = 1.0f + real * 0.0f;  // levels know no NaN
         for (int64_t entry = 0; entry < list.count; ++entry) {
-          store(scores + entry * LANES, round_to_levels(call.rounding, load(scores + entry * LANES) - lse2));
+          store(scores + entry * LANES, round_to_levels(load(scores + entry * LANES) - lse2));
         }
       }
     }
@@ -179,7 +203,7 @@ inline void forward_with(const Forward& call, const Task& task, const Task& next
   }
 }
 
-inline void forward(const Forward& call, const Task& task, const Task& next, float* memory) {
+inline void forward(const Forward& call, const Task& task, float* memory) {
 #if defined(SPARSE_ATTN_TILE_PRODUCTS)
   using PairProducts = TileProducts;
 #elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
@@ -187,11 +211,11 @@ inline void forward(const Forward& call, const Task& task, const Task& next, flo
 #endif
 #if defined(SPARSE_ATTN_TILE_PRODUCTS) || defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
   if (PairProducts::fit(call)) {
-    forward_with<PairProducts>(call, task, next, memory);
+    forward_with<PairProducts>(call, task, memory);
     return;
   }
 #endif
-  forward_with<FloatProducts>(call, task, next, memory);
+  forward_with<FloatProducts>(call, task, memory);
 }
 
 // dq of a group of queries, and delta = rowsum(p * dp) of its rows for `backward_key_value`.
@@ -268,6 +292,7 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
   const Rows grads =
       rows_of(head_of(call, call.grad_output, sequence, task.head), sequence.rows_end, space.second_rows);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
+  const RoundToLevels round_to_levels(call.rounding);
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
   const uint8_t* padding = call.key_padding ? call.key_padding + task.batch * call.key_len : nullptr;
   float *used = space.first_scores, *grad_scores = space.second_scores;
@@ -293,7 +318,7 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse / LN_2);
       store(grad_scores + entry * LANES, kept_or(list, entry, shift, exp2_of(log2_p), 0.0f));
       if (call.rounding.count > 0) {
-        store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(call.rounding, log2_p), 0.0f));
+        store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(log2_p), 0.0f));
       }
     });
     products(space.second_lanes, dims, grads, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {

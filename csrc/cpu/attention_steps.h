@@ -165,11 +165,6 @@ struct OutputRows {
     }
     store_lanes(head, first, stored, dim, block);
   }
-  SPARSE_ATTN_INLINE_MEMBER void row(int lane, int64_t dim, Floats elements) const {
-    if (stored >> lane & 1) {
-      store_dims(head, first + lane, dim, elements * factors[lane]);
-    }
-  }
 };
 
 // Bits of those of `count` numbers, counted from `first`, that lie in [begin, end).
@@ -283,28 +278,48 @@ struct RowNumbers {
   }
 };
 
-// The levels of rounding for log2 of probabilities.
-SPARSE_ATTN_INLINE Floats round_to_levels(const Rounding& rounding, Floats log2_p) {
-  const float bins = 1.0f / rounding.step;
-  const Floats position = log2_p * bins + (1.0f - rounding.log2_threshold * bins);  // below 1: under the threshold
-  const Floats highest = splat(static_cast<float>(rounding.count - 1));
-  const Ints index = __builtin_convertvector(minimum(maximum(position, splat(0.0f)), highest), Ints);  // NaN: 0
-  if (rounding.mid_points && rounding.count > LANES) {
-    const Floats middle = __builtin_convertvector(index, Floats) - 0.5f;
-    const Floats level = exp2_of(middle * rounding.step + rounding.log2_threshold);
-    return index == 0 ? splat(0.0f) : level;
+// Rounds probabilities to levels. A copy of the call's numbers: those behind a pointer would be read again after each
+// store.
+class RoundToLevels {
+ public:
+  explicit RoundToLevels(const Rounding& rounding)
+      : count_(rounding.count),
+        levels_(rounding.levels),
+        log2_threshold_(rounding.log2_threshold),
+        step_(rounding.step),
+        bins_(1.0f / rounding.step),
+        computed_(rounding.mid_points && rounding.count > LANES),
+        table_(rounding.count > 0 ? load(rounding.levels) : Floats{}) {
   }
+
+  SPARSE_ATTN_INLINE_MEMBER Floats operator()(Floats log2_p) const {
+    const Floats position = log2_p * bins_ + (1.0f - log2_threshold_ * bins_);  // below 1: under the threshold
+    const Floats highest = splat(static_cast<float>(count_ - 1));
+    const Ints index = __builtin_convertvector(minimum(maximum(position, splat(0.0f)), highest), Ints);  // NaN: 0
+    if (computed_) {
+      const Floats middle = __builtin_convertvector(index, Floats) - 0.5f;
+      const Floats level = exp2_of(middle * step_ + log2_threshold_);
+      return index == 0 ? splat(0.0f) : level;
+    }
 #if !defined(__clang__)
-  if (rounding.count <= LANES) {
-    return __builtin_shuffle(load(rounding.levels), index);
-  }
+    if (count_ <= LANES) {
+      return __builtin_shuffle(table_, index);
+    }
 #endif
-  Floats level;
-  for (int lane = 0; lane < LANES; ++lane) {
-    level[lane] = rounding.levels[index[lane]];
+    Floats level;
+    for (int lane = 0; lane < LANES; ++lane) {
+      level[lane] = levels_[index[lane]];
+    }
+    return level;
   }
-  return level;
-}
+
+ private:
+  int64_t count_;
+  const float* levels_;
+  float log2_threshold_, step_, bins_;
+  bool computed_;  // evenly spaced levels, too many for a table
+  Floats table_;
+};
 
 // A thread's memory for one head at a time, all of it in floats.
 struct Workspace {
@@ -314,7 +329,7 @@ struct Workspace {
   int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
 
   static int64_t length(const Call& call) {
-    return (std::max(call.query_len, call.key_len) + GROUP_ROWS) / GROUP_ROWS * GROUP_ROWS;
+    return (std::max(call.query_len, call.key_len) + 2 * GROUP_ROWS) / (2 * GROUP_ROWS) * (2 * GROUP_ROWS);
   }
   static int64_t floats(const Call& call) {
     return 2 * (padded_dim(call.head_dim) * (LANES + length(call)) + length(call) * LANES + length(call));

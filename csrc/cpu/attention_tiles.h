@@ -1,5 +1,5 @@
-// The two products of the forward pass on the processor's matrix unit, 32 keys at a time. Their operands are those of
-// the products on pairs; a tile gathers nothing, so rows of keys that do not follow each other are copied first.
+// The two products of the forward pass on the processor's matrix unit. A tile gathers nothing, so a slice of the list
+// at a time is brought into the order of tiles and then multiplied.
 #pragma once
 
 #include <utility>
@@ -8,49 +8,48 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-constexpr int64_t TILE_KEYS = 32, TILE_BYTES = 64;
+constexpr int64_t TILE_BYTES = 64;   // of a row; a tile has 16
+constexpr int64_t SLICE_KEYS = 32;   // two tiles of keys, one of weights
+constexpr int OPERAND = 4;           // the tile that all products of a step share; 0 to 3 are their sums
+constexpr int OTHER_OPERANDS[] = {5, 6, 7, 5};
 
 struct TileProducts : BFloat16Products {
-  float* scratch;  // at least [16][dims]
+  float *sums, *scratch;  // sums: [entries up to a multiple of SLICE_KEYS][16]
   tile_unit::Tiles tiles;
 
+  static bool fit(const Forward& call) {
+    return BFloat16Products::fit(call) && call.output.dim == 1;
+  }
   TileProducts(const Forward& call, const Sequence& sequence, const Task& task, const Workspace& space)
-      : BFloat16Products(call, sequence, task, space), scratch(space.first_rows) {
+      : BFloat16Products(call, sequence, task, space), sums(space.first_scores), scratch(space.first_rows) {
   }
 
-  // Keys [32][dims] times queries [dims / 2][16][2] are scores [32][16].
+  // Keys [16][dims] times queries [dims / 2][16][2] are scores [16][16].
   template <class Visit>
   SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
-    float* sums = value_pairs;  // free until `outputs`
-    for (int64_t first = 0; first < list.count; first += TILE_KEYS) {
-      const int64_t count = std::min(TILE_KEYS, list.count - first);
-      const auto [rows, stride] = rows_in_turn(list.rows + first, count);
-      const char* second_rows = rows + GROUP_ROWS * stride;
-      tile_unit::zero<0>();
-      tile_unit::zero<1>();
-      for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
-        tile_unit::load<2>(lanes + dim / 2 * LANES, TILE_BYTES);
-        tile_unit::load<3>(rows + 2 * dim, stride);
-        tile_unit::multiply_add<0, 3, 2>();
-        if (count > GROUP_ROWS) {
-          tile_unit::load<4>(second_rows + 2 * dim, stride);
-          tile_unit::multiply_add<1, 4, 2>();
-        }
+    for (int64_t first = 0; first < list.count; first += SLICE_KEYS) {
+      const int64_t count = std::min(SLICE_KEYS, list.count - first);
+      if (count > LANES) {
+        score_tiles<2>(list.rows + first, count, sums + first * LANES);
+      } else {
+        score_tiles<1>(list.rows + first, count, sums + first * LANES);
       }
-      tile_unit::store<0>(sums, TILE_BYTES);
-      tile_unit::store<1>(sums + GROUP_ROWS * LANES, TILE_BYTES);
-      for (int64_t i = 0; i < count; ++i) {
-        visit(first + i, load(sums + i * LANES) * factor);
+      for (int64_t entry = first; entry < first + count; ++entry) {
+        visit(entry, load(sums + entry * LANES) * factor);
       }
     }
   }
 
-  void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
-    for (int64_t first = 0; first < list.count; first += TILE_KEYS) {
+  // Weights [entries][16], writable up to a multiple of SLICE_KEYS.
+  void outputs(float* weights, const Entries& list, const OutputRows& rows) const {
+    for (int64_t entry = list.count; entry % SLICE_KEYS != 0; ++entry) {
+      store(weights + entry * LANES, splat(0.0f));
+    }
+    for (int64_t first = 0; first < list.count; first += SLICE_KEYS) {
       Floats block[LANES];
       for (int64_t i = 0; i < LANES; ++i) {
-        const int64_t entry = first + 2 * i;
-        block[i] = weight_pair(weight_or_zero(weights, list, entry), weight_or_zero(weights, list, entry + 1));
+        const float* pair = weights + (first + 2 * i) * LANES;
+        block[i] = weight_pair(load(pair), load(pair + LANES));
       }
       transpose(block);
       for (int64_t row = 0; row < LANES; ++row) {
@@ -72,22 +71,62 @@ struct TileProducts : BFloat16Products {
     int64_t stride;
   };
 
-  // 32 keys, `count` of them real, at equal distances.
-  SPARSE_ATTN_INLINE_MEMBER Bytes rows_in_turn(const int32_t* numbers, int64_t count) const {
-    if (count == TILE_KEYS && numbers[count - 1] - numbers[0] == count - 1) {
-      return {keys.at(numbers[0], 0), 2 * keys.row_stride};
-    }
-    char* copies = reinterpret_cast<char*>(scratch);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
-        std::memcpy(copies + 2 * (i * dims + dim), keys.at(numbers[i], dim), TILE_BYTES);
-      }
-    }
-    return {copies, 2 * dims};
+  static SPARSE_ATTN_INLINE_MEMBER const char* row_of(const Head& head, int64_t row) {
+    return head.data + 2 * row * head.row_stride;
   }
 
-  static SPARSE_ATTN_INLINE_MEMBER Floats weight_or_zero(const float* weights, const Entries& list, int64_t entry) {
-    return entry < list.count ? load(weights + entry * LANES) : splat(0.0f);
+  // 16 keys at equal distances, the first `count` of them real; those that do not follow each other are copied to the
+  // place of tile `tile`.
+  SPARSE_ATTN_INLINE_MEMBER Bytes rows_in_turn(const int32_t* numbers, int64_t count, int64_t tile) const {
+    if (count == LANES && numbers[count - 1] - numbers[0] == count - 1) {
+      return {row_of(keys, numbers[0]), 2 * keys.row_stride};
+    }
+    const int64_t stride = 2 * dims;
+    char* copies = reinterpret_cast<char*>(scratch) + tile * LANES * stride;
+    for (int64_t i = 0; i < count; ++i) {
+      const char* row = row_of(keys, numbers[i]);
+      for (int64_t byte = 0; byte < stride; byte += TILE_BYTES) {
+        std::memcpy(copies + i * stride + byte, row + byte, TILE_BYTES);
+      }
+    }
+    return {copies, stride};
+  }
+
+  // The scores of the next `count` keys, in COUNT tiles.
+  template <int COUNT>
+  SPARSE_ATTN_INLINE_MEMBER void score_tiles(const int32_t* numbers, int64_t count, float* to) const {
+    Bytes tile_rows[COUNT];
+    for (int64_t tile = 0; tile < COUNT; ++tile) {
+      tile_rows[tile] = rows_in_turn(numbers + tile * LANES, std::min<int64_t>(LANES, count - tile * LANES), tile);
+    }
+    for_each_tile<COUNT>([](auto tile) { tile_unit::zero<tile.value>(); });
+    for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
+      tile_unit::load<OPERAND>(lanes + dim / 2 * LANES, TILE_BYTES);
+      for_each_tile<COUNT>([&](auto tile) {
+        constexpr int KEYS = OTHER_OPERANDS[tile.value];
+        tile_unit::load<KEYS>(tile_rows[tile.value].data + 2 * dim, tile_rows[tile.value].stride);
+        tile_unit::multiply_add<tile.value, KEYS, OPERAND>();
+      });
+    }
+    for_each_tile<COUNT>([&](auto tile) { tile_unit::store<tile.value>(to + tile.value * LANES * LANES, TILE_BYTES); });
+  }
+
+  // Values of the slice from `first` on as pairs [16][WIDTH][2] of two keys each.
+  template <int64_t WIDTH>
+  SPARSE_ATTN_INLINE_MEMBER void interleave_slice(const Entries& list, int64_t first, int64_t dim) const {
+    const int32_t* numbers = list.rows + first;
+    const int64_t count = list.count - first;
+    int32_t last_numbers[SLICE_KEYS];
+    if (count < SLICE_KEYS) {  // weights beyond the end are zero, whatever the value
+      std::fill(std::copy(numbers, numbers + count, last_numbers), last_numbers + SLICE_KEYS, numbers[count - 1]);
+      numbers = last_numbers;
+    }
+    for (int64_t key = 0; key < SLICE_KEYS; key += 2) {
+      const char *even = row_of(values, numbers[key]) + 2 * dim, *odd = row_of(values, numbers[key + 1]) + 2 * dim;
+      for (int64_t i = 0; i < WIDTH; i += PAIRED_DIMS) {
+        interleave_quarters(even + 2 * i, odd + 2 * i, value_pairs + key / 2 * WIDTH + i);
+      }
+    }
   }
 
   // Weights [16][keys] times values [keys / 2][16 COUNT][2] are the outputs of 16 COUNT dimensions.
@@ -95,34 +134,35 @@ struct TileProducts : BFloat16Products {
   void outputs_from(int64_t dim, const Entries& list, const OutputRows& rows) const {
     constexpr int64_t WIDTH = COUNT * LANES;
     for_each_tile<COUNT>([](auto tile) { tile_unit::zero<tile.value>(); });
-    for (int64_t first = 0; first < list.count; first += TILE_KEYS) {
-      for (int64_t pair = 0; pair < TILE_KEYS / 2; ++pair) {
-        // Past the end of the list weights are zero, whatever the value; the last one's is as good as any.
-        const int32_t a = list.rows[std::min(first + 2 * pair, list.count - 1)];
-        const int32_t b = list.rows[std::min(first + 2 * pair + 1, list.count - 1)];
-        for (int64_t i = 0; i < WIDTH; i += PAIRED_DIMS) {
-          interleave(values.at(a, dim + i), values.at(b, dim + i), value_pairs + pair * WIDTH + i);
-        }
-      }
-      tile_unit::load<4>(weight_pairs + first / 2 * LANES, TILE_BYTES);
+    for (int64_t first = 0; first < list.count; first += SLICE_KEYS) {
+      interleave_slice<WIDTH>(list, first, dim);
+      tile_unit::load<OPERAND>(weight_pairs + first / 2 * LANES, TILE_BYTES);
       for_each_tile<COUNT>([&](auto tile) {
-        tile_unit::load<5>(value_pairs + tile.value * LANES, 4 * WIDTH);
-        tile_unit::multiply_add<tile.value, 4, 5>();
+        constexpr int VALUES = OTHER_OPERANDS[tile.value];
+        tile_unit::load<VALUES>(value_pairs + tile.value * LANES, 4 * WIDTH);
+        tile_unit::multiply_add<tile.value, OPERAND, VALUES>();
       });
     }
     for_each_tile<COUNT>([&](auto tile) { tile_unit::store<tile.value>(scratch + tile.value * LANES, 4 * WIDTH); });
+    alignas(64) float factors[LANES];
+    store(factors, rows.factors);
     for (int lane = 0; lane < LANES; ++lane) {
-      for (int64_t i = 0; i < WIDTH; i += LANES) {
-        rows.row(lane, dim + i, load(scratch + lane * WIDTH + i));
+      if (rows.stored >> lane & 1) {
+        const float* from = scratch + lane * WIDTH;
+        char* to = rows.head.data + 2 * ((rows.first + lane) * rows.head.row_stride + dim);
+        for (int64_t i = 0; i < WIDTH; i += PAIRED_DIMS) {
+          store_quarters(to + 2 * i, load(from + i) * factors[lane], load(from + i + LANES) * factors[lane]);
+        }
       }
     }
   }
 
   template <int COUNT, class Visit>
   static SPARSE_ATTN_INLINE_MEMBER void for_each_tile(Visit visit) {
-    [&]<int... TILE>(std::integer_sequence<int, TILE...>) {
+    [&]<int... TILE>(std::integer_sequence<int, TILE...>) __attribute__((always_inline)) {
       (visit(std::integral_constant<int, TILE>{}), ...);
-    }(std::make_integer_sequence<int, COUNT>{});
+    }
+    (std::make_integer_sequence<int, COUNT>{});
   }
 };
 

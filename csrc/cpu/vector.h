@@ -77,21 +77,43 @@ SPARSE_ATTN_INLINE Rounded nearest(Floats x) {
   return {shifted - 12582912.0f, reinterpret_cast<Ints>(shifted)};
 }
 
-// 2^x to 2 units in the last place for x <= 127; 0 below 2^-126, NaN for NaN.
-SPARSE_ATTN_INLINE Floats exp2_of(Floats x) {
-  const Floats lowest = splat(-126.0f);
-  const Floats clamped = maximum(x, lowest);
-  const Rounded whole = nearest(clamped);
-  const Floats f = clamped - whole.value;  // [-0.5, 0.5]
+// 2^f for |f| <= 0.5.
+SPARSE_ATTN_INLINE Floats exp2_of_fraction(Floats f) {
   Floats p = splat(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
   p = p * f + 5.550332471162809e-2f;
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+
+// 2^x to 2 units in the last place for x <= 127; 0 below 2^-126, NaN for NaN.
+SPARSE_ATTN_INLINE Floats exp2_of(Floats x) {
+  const Floats lowest = splat(-126.0f);
+#if SPARSE_ATTN_LANES == 16
+  const __m512 all = reinterpret_cast<__m512>(x);
+  const Floats f = reinterpret_cast<Floats>(_mm512_reduce_ps(all, _MM_FROUND_TO_NEAREST_INT));
+  const __mmask16 not_below = _mm512_cmp_ps_mask(all, reinterpret_cast<__m512>(lowest), _CMP_NLT_UQ);
+  return reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(
+      not_below, reinterpret_cast<__m512>(exp2_of_fraction(f)), reinterpret_cast<__m512>(x - f)));
+#else
+  const Floats clamped = maximum(x, lowest);
+  const Rounded whole = nearest(clamped);
+  const Floats p = exp2_of_fraction(clamped - whole.value);
   const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(p) + (whole.bits << 23));
   return x < lowest ? splat(0.0f) : scaled + x * 0.0f;
+#endif
+}
+
+// The binary logarithm of normal x to 2 units in the last place, NaN for NaN.
+SPARSE_ATTN_INLINE Floats log2_of(Floats x) {
+  const Ints exponent = (reinterpret_cast<Ints>(x) - 0x3f3504f3) >> 23;  // of x / sqrt(0.5)
+  const Floats f = reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) - (exponent << 23)) - 1.0f;
+  // log(1 + f) = 2 artanh(f / (2 + f)), a series in s^2 <= 0.03.
+  const Floats s = f / (f + 2.0f), square = s * s;
+  const Floats series = (((square * (1.0f / 9) + 1.0f / 7) * square + 1.0f / 5) * square + 1.0f / 3) * square + 1.0f;
+  return __builtin_convertvector(exponent, Floats) + s * series * 2.885390081777927f + x * 0.0f;
 }
 
 // Turns LANES vectors into the columns of the matrix whose rows they were.
