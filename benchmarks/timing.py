@@ -6,6 +6,7 @@ On a GPU a call is captured in a CUDA graph, so that Python takes no part in its
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import statistics
 import time
 import warnings
@@ -20,6 +21,8 @@ WARM_UPS = 3
 REPETITIONS = 100  # at most
 LEAST_REPETITIONS = 3  # however long they take
 _CPU_FLUSH_BYTES = 64 * 2**20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
+_KEPT_BYTES = 2**30
 _GPU_FLUSH_BYTES = 256 * 2**20  # at least; long enough for the host to get ahead of the device
 
 
@@ -40,10 +43,18 @@ class Timed:
     failure: Exception | None = None
 
 
+def keep_freed_memory() -> bool:
+    """Has glibc keep what is freed: else some calls pay for the pages of a result that was given back to the system,
+    and others, by chance, do not. Returns whether the C library could be told."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt) and all(mallopt(option, _KEPT_BYTES) for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+
+
 class HostTimer:
-    """Times calls on a CPU."""
+    """Times calls on a CPU. From the first on, the process gives no memory back to the system."""
 
     def __init__(self):
+        keep_freed_memory()
         self._flushed = torch.empty(_CPU_FLUSH_BYTES, dtype=torch.uint8)
 
     def prepare(self, call: Call, seconds: float = 1.0) -> Timed:

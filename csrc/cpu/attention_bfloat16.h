@@ -54,8 +54,8 @@ SPARSE_ATTN_INLINE void interleave(const void* first, const void* second, float*
   store(pairs + LANES, reinterpret_cast<Floats>(high));
 }
 
-// The same within quarters of a register, which takes half the time: the first register has elements 0 to 3, 8 to 11, 16
-// to 19 and 24 to 27, the second the others.
+// The same within quarters of a register, which takes half the time: the first register has elements 0 to 3, 8 to 11,
+// 16 to 19 and 24 to 27, the second the others.
 SPARSE_ATTN_INLINE void interleave_quarters(const void* first, const void* second, float* pairs) {
   const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
   _mm512_storeu_si512(pairs, _mm512_unpacklo_epi16(a, b));
@@ -65,8 +65,10 @@ SPARSE_ATTN_INLINE void interleave_quarters(const void* first, const void* secon
 // PAIRED_DIMS elements in the order of `interleave_quarters` as bfloat16 in natural order.
 SPARSE_ATTN_INLINE void store_quarters(void* to, Floats first, Floats second) {
   const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi64(order, reinterpret_cast<__m512i>(both)));
+  using EighthParts = int64_t __attribute__((vector_size(64)));
+  const EighthParts parts = reinterpret_cast<EighthParts>(both);
+  const EighthParts in_order = __builtin_shufflevector(parts, parts, 0, 4, 1, 5, 2, 6, 3, 7);
+  std::memcpy(to, &in_order, sizeof in_order);
 }
 
 SPARSE_ATTN_INLINE int32_t pair_at(const uint16_t* elements) {

@@ -12,8 +12,6 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-constexpr int64_t PREFETCHED_BYTES = 512 * 1024;
-
 // The keys that a group of queries meets, those that padding or causality hides left out.
 inline Entries keys_of_group(
     const Call& call, const Lists& lists, const Task& task, int64_t group, int64_t keys_end, Workspace& space) {
@@ -62,8 +60,10 @@ SPARSE_ATTN_INLINE Floats kept_or(const Entries& list, int64_t entry, int shift,
   return list.kept ? select(static_cast<uint32_t>(list.kept[entry]) >> shift, lanes, splat(otherwise)) : lanes;
 }
 
+// Prefetches are inlined by force: as a function of its own, one that does nothing else counts as without effect.
+
 // Rows [first, end) come into the L2 cache.
-inline void prefetch_rows(const Head& head, int64_t first, int64_t end) {
+SPARSE_ATTN_INLINE void prefetch_rows(const Head& head, int64_t first, int64_t end) {
   for (int64_t row = first; row < end; ++row) {
     for (int64_t byte = 0; byte < head.head_dim * head.bytes(); byte += 64) {
       __builtin_prefetch(head.at(row, 0) + byte, 0, 2);
@@ -71,20 +71,7 @@ inline void prefetch_rows(const Head& head, int64_t first, int64_t end) {
   }
 }
 
-// The keys and values of a head come into the L2 cache at once if they leave it room: in turn they arrive faster than
-// as lists name them.
-inline void prefetch_head(const Forward& call, const Sequence& sequence, int64_t head) {
-  const Head keys = head_of(call, call.key, sequence, head), values = head_of(call, call.value, sequence, head);
-  if (2 * sequence.keys_end * keys.head_dim * keys.bytes() > PREFETCHED_BYTES) {
-    return;
-  }
-  for (int64_t row = 0; row < sequence.keys_end; ++row) {
-    prefetch_rows(keys, row, row + 1);
-    prefetch_rows(values, row, row + 1);
-  }
-}
-
-inline void prefetch_list(const Lists& lists, int64_t head, int64_t group) {
+SPARSE_ATTN_INLINE void prefetch_list(const Lists& lists, int64_t head, int64_t group) {
   if (group >= lists.groups) {
     return;
   }
@@ -130,7 +117,6 @@ template <class Products>
 inline void forward_with(const Forward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
-  prefetch_head(call, sequence, task.head);
   const Head query = head_of(call, call.query, sequence, task.head);
   const Head output = head_of(call, call.output, sequence, task.head);
   const Products products(call, sequence, task, space);
@@ -150,8 +136,8 @@ inline void forward_with(const Forward& call, const Task& task, float* memory) {
       list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
       products.load_queries(query, first_row, alive);
     }
-    prefetch_list(call.lists, task.head, group + 1);
     const int64_t next_row = first_row + LANES;
+    prefetch_list(call.lists, task.head, group + 1);
     prefetch_rows(query, next_row, std::min(next_row + LANES, sequence.rows_end));
     prefetch_rows(output, std::max<int64_t>(first_row, 0), std::min(next_row, sequence.rows_stored));
 

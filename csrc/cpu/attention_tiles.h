@@ -8,9 +8,9 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-constexpr int64_t TILE_BYTES = 64;   // of a row; a tile has 16
-constexpr int64_t SLICE_KEYS = 32;   // two tiles of keys, one of weights
-constexpr int OPERAND = 4;           // the tile that all products of a step share; 0 to 3 are their sums
+constexpr int64_t TILE_BYTES = 64;  // of a row; a tile has 16
+constexpr int64_t SLICE_KEYS = 32;  // two tiles of keys, one of weights
+constexpr int OPERAND = 4;          // the tile that all products of a step share; 0 to 3 are their sums
 constexpr int OTHER_OPERANDS[] = {5, 6, 7, 5};
 
 struct TileProducts : BFloat16Products {
@@ -161,8 +161,7 @@ struct TileProducts : BFloat16Products {
   static SPARSE_ATTN_INLINE_MEMBER void for_each_tile(Visit visit) {
     [&]<int... TILE>(std::integer_sequence<int, TILE...>) __attribute__((always_inline)) {
       (visit(std::integral_constant<int, TILE>{}), ...);
-    }
-    (std::make_integer_sequence<int, COUNT>{});
+    }(std::make_integer_sequence<int, COUNT>{});
   }
 };
 

@@ -1,11 +1,21 @@
 """Timed calls take turns, and their times are times."""
 
+import resource
+
 import pytest
 import torch
 
 from benchmarks.attention_workloads import FORWARD, FORWARD_BACKWARD
 from benchmarks.ceilings import least_bytes, measure_ceilings, useful_flops
-from benchmarks.timing import LEAST_REPETITIONS, REPETITIONS, HostTimer, Timed, percentiles, time_in_turns
+from benchmarks.timing import (
+    LEAST_REPETITIONS,
+    REPETITIONS,
+    HostTimer,
+    Timed,
+    keep_freed_memory,
+    percentiles,
+    time_in_turns,
+)
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload
 
 
@@ -31,6 +41,16 @@ def test_calls_take_turns_until_their_time_or_repetitions_are_over():
     time_in_turns(FakeTimer(), calls, [1.0, 0.1])
     assert [len(one.milliseconds) for one in calls] == [REPETITIONS, 4]
     assert order[:4] == ["quick", "slow"] * 2
+
+
+def test_a_result_as_large_as_one_before_takes_its_memory():
+    if not keep_freed_memory():
+        pytest.skip("the C library has no mallopt")
+    pages = 16 * 2**20 // resource.getpagesize()
+    torch.ones(4 * 2**20)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(4 * 2**20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < pages / 4
 
 
 def test_a_slow_call_still_gets_a_few_repetitions():
