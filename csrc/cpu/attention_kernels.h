@@ -92,11 +92,10 @@ struct FloatProducts {
   Rows keys, values;
 
   FloatProducts(const Forward& call, const Sequence& sequence, const Task& task, const Workspace& space)
-      : dims(padded_dim(call.head_dim)),
-        lanes(space.first_lanes),
-        factor(call.scale * LOG2_E),
-        keys(rows_of(head_of(call, call.key, sequence, task.head), sequence.keys_end, space.first_rows)),
-        values(rows_of(head_of(call, call.value, sequence, task.head), sequence.keys_end, space.second_rows)) {
+      : dims(padded_dim(call.head_dim)), lanes(space.first_lanes), factor(call.scale * LOG2_E) {
+    const int64_t count = sequence.keys_end, uses = uses_of(call.lists, task, count);
+    keys = rows_of(head_of(call, call.key, sequence, task.head), count, uses, space.first_rows);
+    values = rows_of(head_of(call, call.value, sequence, task.head), count, uses, space.second_rows);
   }
 
   void load_queries(const Head& query, int64_t first_row, uint32_t alive) const {
@@ -212,8 +211,9 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
   const Head grad_output = head_of(call, call.grad_output, sequence, task.head);
   const Head grad_query = head_of(call, call.grad_query, sequence, task.head);
   const int64_t dims = padded_dim(call.head_dim);
-  const Rows keys = rows_of(head_of(call, call.key, sequence, task.head), sequence.keys_end, space.first_rows);
-  const Rows values = rows_of(head_of(call, call.value, sequence, task.head), sequence.keys_end, space.second_rows);
+  const int64_t key_count = sequence.keys_end, uses = uses_of(call.lists, task, key_count);
+  const Rows keys = rows_of(head_of(call, call.key, sequence, task.head), key_count, uses, space.first_rows);
+  const Rows values = rows_of(head_of(call, call.value, sequence, task.head), key_count, uses, space.second_rows);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
   float *probabilities = space.first_scores, *grad_probabilities = space.second_scores;
@@ -274,9 +274,9 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
   const Head grad_key = head_of(call, call.grad_key, sequence, task.head);
   const Head grad_value = head_of(call, call.grad_value, sequence, task.head);
   const int64_t dims = padded_dim(call.head_dim);
-  const Rows queries = rows_of(head_of(call, call.query, sequence, task.head), sequence.rows_end, space.first_rows);
-  const Rows grads =
-      rows_of(head_of(call, call.grad_output, sequence, task.head), sequence.rows_end, space.second_rows);
+  const int64_t row_count = sequence.rows_end, uses = uses_of(call.transposed, task, row_count + call.query_offset);
+  const Rows queries = rows_of(head_of(call, call.query, sequence, task.head), row_count, uses, space.first_rows);
+  const Rows grads = rows_of(head_of(call, call.grad_output, sequence, task.head), row_count, uses, space.second_rows);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const RoundToLevels round_to_levels(call.rounding);
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;

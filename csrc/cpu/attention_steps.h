@@ -107,15 +107,18 @@ SPARSE_ATTN_INLINE void store_dims(const Head& head, int64_t row, int64_t dim, F
   }
 }
 
-// Rows of floats, padded_dim(head_dim) long: the tensor's own where it has that form, else copies in `buffer`.
+// Rows of floats, padded_dim(head_dim) long.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-inline Rows rows_of(const Head& head, int64_t count, float* buffer) {
+// The tensor's own rows where they have that form, else copies in `buffer`. Rows that are met `uses` times, all
+// together, are copied too if they lie apart, since between other heads' they share few cache sets and fill many pages.
+inline Rows rows_of(const Head& head, int64_t count, int64_t uses, float* buffer) {
   const int64_t dims = padded_dim(head.head_dim);
-  if (head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims) {
+  if (head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims &&
+      (head.row_stride == dims || uses < 2 * count)) {
     return {reinterpret_cast<const float*>(head.data), head.row_stride};
   }
   for (int64_t row = 0; row < count; ++row) {
@@ -189,6 +192,15 @@ inline Entries entries_of(const Lists& lists, int64_t head, int64_t group, int64
     --last;
   }
   return {lists.columns + first, lists.full ? nullptr : lists.row_bits + first, last - first};
+}
+
+// How many rows the groups of a task meet below position `end`, each counted once for each group.
+inline int64_t uses_of(const Lists& lists, const Task& task, int64_t end) {
+  int64_t uses = 0;
+  for (int64_t group = task.first; group < task.end; ++group) {
+    uses += entries_of(lists, task.head, group, end).count;
+  }
+  return uses;
 }
 
 // The products of every entry's row with the lanes: visit(entry, [LANES]).
