@@ -54,7 +54,8 @@ def squad_section(folder: Path) -> str:
     """Markdown of every SQuAD result below `folder` with all that it says."""
     lines = []
     for path, results in read_results(folder, "squad"):
-        lines += [f"### {results['device']}, {squad_heading(results)}", "", *squad_lines(results), *_file_lines(path, folder)]
+        lines += [f"### {results['device']}, {squad_heading(results)}", ""]
+        lines += [*squad_lines(results), *_file_lines(path, folder)]
     return "\n".join(lines)
 
 
