@@ -21,7 +21,6 @@ from benchmarks.timing import (
 )
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
