@@ -44,8 +44,10 @@ class Timed:
 
 
 def keep_freed_memory() -> bool:
-    """Has glibc keep what is freed, so that fewer calls pay, by chance, for the pages of a result that was given back to
-    the system. Returns whether the C library could be told."""
+    """Has glibc keep what is freed, so that fewer calls pay, by chance, for fresh pages of their results.
+
+    Returns whether the C library could be told.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt) and all(mallopt(option, _KEPT_BYTES) for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
 
