@@ -43,13 +43,13 @@ class Timed:
     failure: Exception | None = None
 
 
-def keep_freed_memory() -> bool:
-    """Has glibc keep what is freed, so that fewer calls pay, by chance, for fresh pages of their results.
-
-    Returns whether the C library could be told.
-    """
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed, so that fewer calls pay, by chance, for fresh pages of their results. Other C
+    libraries stay as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt) and all(mallopt(option, _KEPT_BYTES) for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+    if mallopt:
+        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 class HostTimer:

@@ -337,9 +337,10 @@ class RoundToLevels {
 struct Workspace {
   float *first_lanes, *second_lanes;    // [dims][LANES]
   float *first_scores, *second_scores;  // [entries][LANES]
-  float *first_rows, *second_rows;      // [length][dims], copies of rows that are not float32
+  float *first_rows, *second_rows;      // [length][dims], copies of rows: see `rows_of`
   int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
 
+  // Beyond the longest side, and a multiple of what the tile products take at a time.
   static int64_t length(const Call& call) {
     return (std::max(call.query_len, call.key_len) + 2 * GROUP_ROWS) / (2 * GROUP_ROWS) * (2 * GROUP_ROWS);
   }

@@ -71,6 +71,7 @@ struct TileProducts : BFloat16Products {
     int64_t stride;
   };
 
+  // `head.at` of a row, bfloat16 and contiguous.
   static SPARSE_ATTN_INLINE_MEMBER const char* row_of(const Head& head, int64_t row) {
     return head.data + 2 * row * head.row_stride;
   }

@@ -1,6 +1,6 @@
 // Float lanes, one for each query row, in the compiler's own vectors. The including file chooses the instructions,
 // names them in SPARSE_ATTN_ISA, so that code for different processors never shares a symbol, and says how many lanes
-// fill a register: SPARSE_ATTN_LANES, 4, 8 or 16.
+// fill a register: SPARSE_ATTN_LANES, 4, 8 or 16. With 16 it also includes <immintrin.h>, before it chooses.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,6 @@
 """Timed calls take turns, and their times are times."""
 
+import platform
 import resource
 import subprocess
 import sys
@@ -10,15 +11,7 @@ import torch
 
 from benchmarks.attention_workloads import FORWARD, FORWARD_BACKWARD
 from benchmarks.ceilings import least_bytes, measure_ceilings, useful_flops
-from benchmarks.timing import (
-    LEAST_REPETITIONS,
-    REPETITIONS,
-    HostTimer,
-    Timed,
-    keep_freed_memory,
-    percentiles,
-    time_in_turns,
-)
+from benchmarks.timing import LEAST_REPETITIONS, REPETITIONS, HostTimer, Timed, percentiles, time_in_turns
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +52,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(not keep_freed_memory(), reason="the C library has no mallopt")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_results_take_the_memory_of_those_before():
     """In a process of its own, whose heap no other test has cut up. 64 MiB are more than glibc keeps by itself."""
     command = [sys.executable, "-c", PAGES_OF_A_RESULT]
