@@ -10,10 +10,15 @@ namespace sparse_attn::SPARSE_ATTN_ISA {
 
 constexpr int64_t PAIRED_DIMS = 2 * LANES;  // what a register of pairs holds
 
-SPARSE_ATTN_INLINE Floats add_products(Floats sum, int32_t pair, Floats lanes) {
-  return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
-      reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(lanes), reinterpret_cast<__m512bh>(Ints{} + pair)));
-}
+// Adds the products of a pair, the same for all lanes, with the pairs of the lanes.
+struct AddPairs {
+  SPARSE_ATTN_INLINE_MEMBER Floats operator()(Floats sum, Floats lanes, const void* pair) const {
+    int32_t bits;
+    std::memcpy(&bits, pair, sizeof bits);
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(lanes), reinterpret_cast<__m512bh>(Ints{} + bits)));
+  }
+};
 
 // Two weights, positive or NaN, as a pair of bfloat16 in each lane; halves are rounded up.
 SPARSE_ATTN_INLINE Floats weight_pair(Floats first, Floats second) {
@@ -71,12 +76,6 @@ SPARSE_ATTN_INLINE void store_quarters(void* to, Floats first, Floats second) {
   std::memcpy(to, &in_order, sizeof in_order);
 }
 
-SPARSE_ATTN_INLINE int32_t pair_at(const uint16_t* elements) {
-  int32_t pair;
-  std::memcpy(&pair, elements, sizeof pair);
-  return pair;
-}
-
 struct BFloat16Products {
   int64_t dims;
   float *lanes, *weight_pairs, *value_pairs;
@@ -103,28 +102,10 @@ struct BFloat16Products {
 
   template <class Visit>
   SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
-    for (int64_t first = 0; first < list.count; first += ENTRIES) {
-      const int64_t count = std::min<int64_t>(ENTRIES, list.count - first);
-      const uint16_t* row[ENTRIES];
-      Floats sum[ENTRIES];
-      for (int i = 0; i < ENTRIES; ++i) {
-        row[i] = reinterpret_cast<const uint16_t*>(keys.at(list.rows[first + (i < count ? i : 0)], 0));
-        sum[i] = splat(0.0f);
-      }
-      for (int64_t dim = 0; dim < dims; dim += 2) {
-        const Floats lane = load(lanes + dim / 2 * LANES);
-#pragma GCC unroll 8
-        for (int i = 0; i < ENTRIES; ++i) {
-          sum[i] = add_products(sum[i], pair_at(row[i] + dim), lane);
-        }
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < ENTRIES; ++i) {
-        if (i < count) {
-          visit(first + i, sum[i] * factor);
-        }
-      }
-    }
+    const Rows rows{keys.data, 2 * keys.row_stride};
+    products(AddPairs{}, lanes, dims / 2, rows, list, [&](int64_t entry, Floats sum) __attribute__((always_inline)) {
+      visit(entry, sum * factor);
+    });
   }
 
   SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
@@ -141,23 +122,21 @@ struct BFloat16Products {
     for (int64_t dim = 0; dim < dims; dim += LANES) {
       Floats sum[LANES];
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) {
-        sum[i] = splat(0.0f);
+      for (int lane = 0; lane < LANES; ++lane) {
+        sum[lane] = splat(0.0f);
       }
       for (int64_t pair = 0; pair < pairs; ++pair) {
-        const Floats weight = load(weight_pairs + pair * LANES);
-        const auto* value = reinterpret_cast<const uint16_t*>(value_pairs + pair * dims + dim);
+        const Floats value = load(value_pairs + pair * dims + dim);
+        const float* weight = weight_pairs + pair * LANES;
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) {
-          sum[i] = add_products(sum[i], pair_at(value + 2 * i), weight);
+        for (int lane = 0; lane < LANES; ++lane) {
+          sum[lane] = AddPairs{}(sum[lane], value, weight + lane);
         }
       }
-      Floats block[LANES];  // a copy, so that the sums themselves stay in registers
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) {
-        block[i] = sum[i];
+      for (int lane = 0; lane < LANES; ++lane) {
+        rows.write(lane, dim, sum[lane]);
       }
-      rows.columns(dim, block);
     }
   }
 };

@@ -60,17 +60,6 @@ SPARSE_ATTN_INLINE Floats kept_or(const Entries& list, int64_t entry, int shift,
   return list.kept ? select(static_cast<uint32_t>(list.kept[entry]) >> shift, lanes, splat(otherwise)) : lanes;
 }
 
-// Prefetches are inlined by force: as a function of its own, one that does nothing else counts as without effect.
-
-// Rows [first, end) come into the L2 cache.
-SPARSE_ATTN_INLINE void prefetch_rows(const Head& head, int64_t first, int64_t end) {
-  for (int64_t row = first; row < end; ++row) {
-    for (int64_t byte = 0; byte < head.head_dim * head.bytes(); byte += 64) {
-      __builtin_prefetch(head.at(row, 0) + byte, 0, 2);
-    }
-  }
-}
-
 SPARSE_ATTN_INLINE void prefetch_list(const Lists& lists, int64_t head, int64_t group) {
   if (group >= lists.groups) {
     return;
@@ -94,8 +83,8 @@ struct FloatProducts {
   FloatProducts(const Forward& call, const Sequence& sequence, const Task& task, const Workspace& space)
       : dims(padded_dim(call.head_dim)), lanes(space.first_lanes), factor(call.scale * LOG2_E) {
     const int64_t count = sequence.keys_end, uses = uses_of(call.lists, task, count);
-    keys = rows_of(head_of(call, call.key, sequence, task.head), count, uses, space.first_rows);
-    values = rows_of(head_of(call, call.value, sequence, task.head), count, uses, space.second_rows);
+    keys = float_rows_of(head_of(call, call.key, sequence, task.head), count, uses, space.first_rows);
+    values = float_rows_of(head_of(call, call.value, sequence, task.head), count, uses, space.second_rows);
   }
 
   void load_queries(const Head& query, int64_t first_row, uint32_t alive) const {
@@ -103,12 +92,10 @@ struct FloatProducts {
   }
   template <class Visit>
   SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
-    products(lanes, dims, keys, list, visit);
+    products(AddFloats{}, lanes, dims, keys, list, visit);
   }
   SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
-    weighted_rows(weights, dims, values, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
-      rows.columns(dim, block);
-    });
+    weighted_rows(weights, dims, values, list, rows);
   }
 };
 
@@ -212,8 +199,8 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
   const Head grad_query = head_of(call, call.grad_query, sequence, task.head);
   const int64_t dims = padded_dim(call.head_dim);
   const int64_t key_count = sequence.keys_end, uses = uses_of(call.lists, task, key_count);
-  const Rows keys = rows_of(head_of(call, call.key, sequence, task.head), key_count, uses, space.first_rows);
-  const Rows values = rows_of(head_of(call, call.value, sequence, task.head), key_count, uses, space.second_rows);
+  const Rows keys = float_rows_of(head_of(call, call.key, sequence, task.head), key_count, uses, space.first_rows);
+  const Rows values = float_rows_of(head_of(call, call.value, sequence, task.head), key_count, uses, space.second_rows);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
   float *probabilities = space.first_scores, *grad_probabilities = space.second_scores;
@@ -234,19 +221,31 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
         lse2[lane] = std::isinf(lse) ? 0.0f : lse / LN_2;
       }
     }
-    products(space.first_lanes, dims, keys, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
-      store(probabilities + entry * LANES, kept_or(list, entry, shift, exp2_of(score - lse2), 0.0f));
-    });
+    products(
+        AddFloats{},
+        space.first_lanes,
+        dims,
+        keys,
+        list,
+        [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+          store(probabilities + entry * LANES, kept_or(list, entry, shift, exp2_of(score - lse2), 0.0f));
+        });
     const Words words =
         row_words(call.dropout, counting_from(0) * numbers.step + (numbers.first + numbers.step * uint32_t(first_row)));
     Floats delta = splat(0.0f);
-    products(space.second_lanes, dims, values, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
-      if (call.dropout.threshold > 0) {
-        dp *= dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
-      }
-      delta += load(probabilities + entry * LANES) * dp;
-      store(grad_probabilities + entry * LANES, dp);
-    });
+    products(
+        AddFloats{},
+        space.second_lanes,
+        dims,
+        values,
+        list,
+        [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+          if (call.dropout.threshold > 0) {
+            dp *= dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
+          }
+          delta += load(probabilities + entry * LANES) * dp;
+          store(grad_probabilities + entry * LANES, dp);
+        });
     for (int64_t entry = 0; entry < list.count; ++entry) {
       const Floats dp = load(grad_probabilities + entry * LANES);
       store(probabilities + entry * LANES, load(probabilities + entry * LANES) * (dp - delta));
@@ -256,12 +255,7 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
         call.delta[row_start + first_row + lane] = delta[lane];
       }
     }
-    weighted_rows(probabilities, dims, keys, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
-      for (int i = 0; i < LANES; ++i) {
-        block[i] *= call.scale;
-      }
-      store_lanes(grad_query, first_row, stored, dim, block);
-    });
+    weighted_rows(probabilities, dims, keys, list, {grad_query, first_row, stored, splat(call.scale)});
   }
 }
 
@@ -275,8 +269,9 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
   const Head grad_value = head_of(call, call.grad_value, sequence, task.head);
   const int64_t dims = padded_dim(call.head_dim);
   const int64_t row_count = sequence.rows_end, uses = uses_of(call.transposed, task, row_count + call.query_offset);
-  const Rows queries = rows_of(head_of(call, call.query, sequence, task.head), row_count, uses, space.first_rows);
-  const Rows grads = rows_of(head_of(call, call.grad_output, sequence, task.head), row_count, uses, space.second_rows);
+  const Rows queries = float_rows_of(head_of(call, call.query, sequence, task.head), row_count, uses, space.first_rows);
+  const Rows grads =
+      float_rows_of(head_of(call, call.grad_output, sequence, task.head), row_count, uses, space.second_rows);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const RoundToLevels round_to_levels(call.rounding);
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
@@ -299,36 +294,41 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       load_lanes(key, first_key, alive, call.scale * LOG2_E, space.first_lanes);
       load_lanes(value, first_key, alive, 1.0f, space.second_lanes);
     }
-    products(space.first_lanes, dims, queries, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
-      const float lse = call.lse[row_start + list.rows[entry]];
-      const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse / LN_2);
-      store(grad_scores + entry * LANES, kept_or(list, entry, shift, exp2_of(log2_p), 0.0f));
-      if (call.rounding.count > 0) {
-        store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(log2_p), 0.0f));
-      }
-    });
-    products(space.second_lanes, dims, grads, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
-      const int64_t row = list.rows[entry];
-      const Floats p = load(grad_scores + entry * LANES);
-      Floats weight = call.rounding.count > 0 ? load(used + entry * LANES) : p;
-      if (call.dropout.threshold > 0) {
-        const Words words = row_words(call.dropout, splat_word(numbers.first + numbers.step * uint32_t(row)));
-        const Floats factors = dropout_factors(call.dropout, words, counting_from(uint32_t(first_key)));
-        weight *= factors;
-        dp *= factors;
-      }
-      store(used + entry * LANES, weight);
-      store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
-    });
-    weighted_rows(used, dims, grads, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
-      store_lanes(grad_value, first_key, stored, dim, block);
-    });
-    weighted_rows(grad_scores, dims, queries, list, [&](int64_t dim, Floats* block) __attribute__((always_inline)) {
-      for (int i = 0; i < LANES; ++i) {
-        block[i] *= call.scale;
-      }
-      store_lanes(grad_key, first_key, stored, dim, block);
-    });
+    products(
+        AddFloats{},
+        space.first_lanes,
+        dims,
+        queries,
+        list,
+        [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+          const float lse = call.lse[row_start + list.rows[entry]];
+          const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse / LN_2);
+          store(grad_scores + entry * LANES, kept_or(list, entry, shift, exp2_of(log2_p), 0.0f));
+          if (call.rounding.count > 0) {
+            store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(log2_p), 0.0f));
+          }
+        });
+    products(
+        AddFloats{},
+        space.second_lanes,
+        dims,
+        grads,
+        list,
+        [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+          const int64_t row = list.rows[entry];
+          const Floats p = load(grad_scores + entry * LANES);
+          Floats weight = call.rounding.count > 0 ? load(used + entry * LANES) : p;
+          if (call.dropout.threshold > 0) {
+            const Words words = row_words(call.dropout, splat_word(numbers.first + numbers.step * uint32_t(row)));
+            const Floats factors = dropout_factors(call.dropout, words, counting_from(uint32_t(first_key)));
+            weight *= factors;
+            dp *= factors;
+          }
+          store(used + entry * LANES, weight);
+          store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
+        });
+    weighted_rows(used, dims, grads, list, {grad_value, first_key, stored, splat(1.0f)});
+    weighted_rows(grad_scores, dims, queries, list, {grad_key, first_key, stored, splat(call.scale)});
   }
 }
 

@@ -107,26 +107,46 @@ SPARSE_ATTN_INLINE void store_dims(const Head& head, int64_t row, int64_t dim, F
   }
 }
 
-// Rows of floats, padded_dim(head_dim) long.
+// Rows [first, end) come into the L2 cache. Inlined by force, as all prefetches: as a function of its own, one that
+// does nothing else counts as without effect.
+SPARSE_ATTN_INLINE void prefetch_rows(const Head& head, int64_t first, int64_t end) {
+  for (int64_t row = first; row < end; ++row) {
+    for (int64_t byte = 0; byte < head.head_dim * head.bytes(); byte += 64) {
+      __builtin_prefetch(head.at(row, 0) + byte, 0, 2);
+    }
+  }
+}
+
+// Rows of 32-bit words (floats, or pairs of bfloat16), as many as fill whole registers, `stride` bytes apart.
 struct Rows {
-  const float* data;
+  const char* data;
   int64_t stride;
+
+  const char* at(int64_t row) const {
+    return data + row * stride;
+  }
 };
 
-// The tensor's own rows where they have that form, else copies in `buffer`. Rows that are met `uses` times, all
-// together, are copied too if they lie apart, since between other heads' they share few cache sets and fill many pages.
-inline Rows rows_of(const Head& head, int64_t count, int64_t uses, float* buffer) {
+// A head's rows as floats: the tensor's own where they have that form, else copies in `buffer`. `uses` says how often
+// they are met, all together. Rows that are met often are fetched first, as fast as memory yields them, since in the
+// order of lists they would come one by one; and copied if they lie apart: between other heads' they share few cache
+// sets and fill many pages.
+inline Rows float_rows_of(const Head& head, int64_t count, int64_t uses, float* buffer) {
   const int64_t dims = padded_dim(head.head_dim);
-  if (head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims &&
-      (head.row_stride == dims || uses < 2 * count)) {
-    return {reinterpret_cast<const float*>(head.data), head.row_stride};
+  const bool met_often = uses >= 2 * count;
+  const bool has_form = head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims;
+  if (met_often || !has_form) {
+    prefetch_rows(head, 0, count);
+  }
+  if (has_form && (head.row_stride == dims || !met_often)) {
+    return {head.data, head.row_stride * 4};
   }
   for (int64_t row = 0; row < count; ++row) {
     for (int64_t dim = 0; dim < dims; dim += LANES) {
       store(buffer + row * dims + dim, load_dims(head, row, dim));
     }
   }
-  return {buffer, dims};
+  return {reinterpret_cast<const char*>(buffer), dims * 4};
 }
 
 // Rows from `first` on times a factor, transposed to [dims][LANES]; zeros in lanes that are not alive.
@@ -143,30 +163,22 @@ inline void load_lanes(const Head& head, int64_t first, uint32_t alive, float fa
   }
 }
 
-// Columns [LANES dims][LANES] back to rows from `first` on of a tensor, those whose lane is stored.
-SPARSE_ATTN_INLINE void store_lanes(const Head& head, int64_t first, uint32_t stored, int64_t dim, Floats* block) {
-  transpose(block);
-  for (int lane = 0; lane < LANES; ++lane) {
-    if (stored >> lane & 1) {
-      store_dims(head, first + lane, dim, block[lane]);
-    }
-  }
-}
-
 // Where a group's outputs go: rows from `first` on of a tensor, those whose lane is stored, each times its lane's
 // factor.
 struct OutputRows {
   const Head& head;
   int64_t first;
   uint32_t stored;
-  Floats factors;
+  alignas(64) float factors[LANES];
 
-  // [LANES dims][LANES].
-  SPARSE_ATTN_INLINE_MEMBER void columns(int64_t dim, Floats* block) const {
-    for (int i = 0; i < LANES; ++i) {
-      block[i] *= factors;
+  OutputRows(const Head& head, int64_t first, uint32_t stored, Floats lane_factors)
+      : head(head), first(first), stored(stored) {
+    store(factors, lane_factors);
+  }
+  SPARSE_ATTN_INLINE_MEMBER void write(int lane, int64_t dim, Floats sum) const {
+    if (stored >> lane & 1) {
+      store_dims(head, first + lane, dim, sum * factors[lane]);
     }
-    store_lanes(head, first, stored, dim, block);
   }
 };
 
@@ -203,22 +215,40 @@ inline int64_t uses_of(const Lists& lists, const Task& task, int64_t end) {
   return uses;
 }
 
-// The products of every entry's row with the lanes: visit(entry, [LANES]).
-template <class Visit>
-SPARSE_ATTN_INLINE void products(const float* lanes, int64_t dims, Rows rows, const Entries& list, Visit visit) {
+// Adds the product of a word, the same for all lanes, with the lanes.
+struct AddFloats {
+  SPARSE_ATTN_INLINE_MEMBER Floats operator()(Floats sum, Floats lanes, const char* word) const {
+    float factor;
+    std::memcpy(&factor, word, sizeof factor);
+    return sum + lanes * factor;
+  }
+};
+
+// The products of every entry's row with the lanes [words][LANES]: visit(entry, [LANES]).
+template <class AddProduct, class Visit>
+SPARSE_ATTN_INLINE void products(
+    AddProduct add_product, const float* lanes, int64_t words, Rows rows, const Entries& list, Visit visit) {
   for (int64_t first = 0; first < list.count; first += ENTRIES) {
     const int64_t count = std::min<int64_t>(ENTRIES, list.count - first);
-    const float* row[ENTRIES];
+    const char* row[ENTRIES];
     Floats sum[ENTRIES];
     for (int i = 0; i < ENTRIES; ++i) {
-      row[i] = rows.data + list.rows[first + (i < count ? i : 0)] * rows.stride;
+      row[i] = rows.at(list.rows[first + (i < count ? i : 0)]);
       sum[i] = splat(0.0f);
     }
-    for (int64_t dim = 0; dim < dims; ++dim) {
-      const Floats lane = load(lanes + dim * LANES);
+    for (const float *lane = lanes, *end = lanes + words * LANES; lane < end; lane += LANES * LANES) {
+#pragma GCC unroll 16
+      for (int word = 0; word < LANES; ++word) {
+        const Floats factors = load(lane + word * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < ENTRIES; ++i) {
+          sum[i] = add_product(sum[i], factors, row[i] + 4 * word);
+        }
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < ENTRIES; ++i) {
-        sum[i] += lane * row[i][dim];
+        row[i] += 4 * LANES;
+        keep_in_register(row[i]);
       }
     }
 #pragma GCC unroll 8
@@ -230,29 +260,28 @@ SPARSE_ATTN_INLINE void products(const float* lanes, int64_t dims, Rows rows, co
   }
 }
 
-// The entries' rows summed with weights [count][LANES], LANES dimensions at a time: visit(dim, [LANES dims] of lanes).
-template <class Visit>
-SPARSE_ATTN_INLINE void weighted_rows(const float* weights, int64_t dims, Rows rows, const Entries& list, Visit visit) {
+// For each lane the sum of the entries' rows with weights [count][LANES], LANES dimensions at a time. The weights are
+// what is broadcast, so that a gathered line is read once.
+SPARSE_ATTN_INLINE void weighted_rows(
+    const float* weights, int64_t dims, Rows rows, const Entries& list, const OutputRows& outputs) {
   for (int64_t dim = 0; dim < dims; dim += LANES) {
     Floats sum[LANES];
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      sum[i] = splat(0.0f);
+    for (int lane = 0; lane < LANES; ++lane) {
+      sum[lane] = splat(0.0f);
     }
     for (int64_t entry = 0; entry < list.count; ++entry) {
-      const Floats weight = load(weights + entry * LANES);
-      const float* row = rows.data + list.rows[entry] * rows.stride + dim;
+      const Floats row = load(reinterpret_cast<const float*>(rows.at(list.rows[entry])) + dim);
+      const float* weight = weights + entry * LANES;
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) {
-        sum[i] += weight * row[i];
+      for (int lane = 0; lane < LANES; ++lane) {
+        sum[lane] += row * weight[lane];
       }
     }
-    Floats block[LANES];  // a copy, so that the sums themselves stay in registers
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      block[i] = sum[i];
+    for (int lane = 0; lane < LANES; ++lane) {
+      outputs.write(lane, dim, sum[lane]);
     }
-    visit(dim, block);
   }
 }
 
@@ -337,7 +366,7 @@ class RoundToLevels {
 struct Workspace {
   float *first_lanes, *second_lanes;    // [dims][LANES]
   float *first_scores, *second_scores;  // [entries][LANES]
-  float *first_rows, *second_rows;      // [length][dims], copies of rows: see `rows_of`
+  float *first_rows, *second_rows;      // [length][dims], copies of rows: see `float_rows_of`
   int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
 
   // Beyond the longest side, and a multiple of what the tile products take at a time.

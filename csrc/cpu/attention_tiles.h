@@ -66,11 +66,6 @@ struct TileProducts : BFloat16Products {
   }
 
  private:
-  struct Bytes {
-    const char* data;
-    int64_t stride;
-  };
-
   // `head.at` of a row, bfloat16 and contiguous.
   static SPARSE_ATTN_INLINE_MEMBER const char* row_of(const Head& head, int64_t row) {
     return head.data + 2 * row * head.row_stride;
@@ -78,7 +73,7 @@ struct TileProducts : BFloat16Products {
 
   // 16 keys at equal distances, the first `count` of them real; those that do not follow each other are copied to the
   // place of tile `tile`.
-  SPARSE_ATTN_INLINE_MEMBER Bytes rows_in_turn(const int32_t* numbers, int64_t count, int64_t tile) const {
+  SPARSE_ATTN_INLINE_MEMBER Rows rows_in_turn(const int32_t* numbers, int64_t count, int64_t tile) const {
     if (count == LANES && numbers[count - 1] - numbers[0] == count - 1) {
       return {row_of(keys, numbers[0]), 2 * keys.row_stride};
     }
@@ -96,7 +91,7 @@ struct TileProducts : BFloat16Products {
   // The scores of the next `count` keys, in COUNT tiles.
   template <int COUNT>
   SPARSE_ATTN_INLINE_MEMBER void score_tiles(const int32_t* numbers, int64_t count, float* to) const {
-    Bytes tile_rows[COUNT];
+    Rows tile_rows[COUNT];
     for (int64_t tile = 0; tile < COUNT; ++tile) {
       tile_rows[tile] = rows_in_turn(numbers + tile * LANES, std::min<int64_t>(LANES, count - tile * LANES), tile);
     }
@@ -145,14 +140,12 @@ struct TileProducts : BFloat16Products {
       });
     }
     for_each_tile<COUNT>([&](auto tile) { tile_unit::store<tile.value>(scratch + tile.value * LANES, 4 * WIDTH); });
-    alignas(64) float factors[LANES];
-    store(factors, rows.factors);
     for (int lane = 0; lane < LANES; ++lane) {
       if (rows.stored >> lane & 1) {
         const float* from = scratch + lane * WIDTH;
         char* to = rows.head.data + 2 * ((rows.first + lane) * rows.head.row_stride + dim);
         for (int64_t i = 0; i < WIDTH; i += PAIRED_DIMS) {
-          store_quarters(to + 2 * i, load(from + i) * factors[lane], load(from + i + LANES) * factors[lane]);
+          store_quarters(to + 2 * i, load(from + i) * rows.factors[lane], load(from + i + LANES) * rows.factors[lane]);
         }
       }
     }
