@@ -10,9 +10,9 @@ namespace sparse_attn::SPARSE_ATTN_ISA {
 
 constexpr int64_t PAIRED_DIMS = 2 * LANES;  // what a register of pairs holds
 
-// Adds the products of a pair, the same for all lanes, with the pairs of the lanes.
-struct AddPairs {
-  SPARSE_ATTN_INLINE_MEMBER Floats operator()(Floats sum, Floats lanes, const void* pair) const {
+// The same of pairs, whose products are summed.
+struct PairWords {
+  static SPARSE_ATTN_INLINE_MEMBER Floats add_product(Floats sum, Floats lanes, const void* pair) {
     int32_t bits;
     std::memcpy(&bits, pair, sizeof bits);
     return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
@@ -103,7 +103,7 @@ struct BFloat16Products {
   template <class Visit>
   SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
     const Rows rows{keys.data, 2 * keys.row_stride};
-    products(AddPairs{}, lanes, dims / 2, rows, list, [&](int64_t entry, Floats sum) __attribute__((always_inline)) {
+    products<PairWords>(lanes, dims / 2, rows, list, [&](int64_t entry, Floats sum) __attribute__((always_inline)) {
       visit(entry, sum * factor);
     });
   }
@@ -130,7 +130,7 @@ struct BFloat16Products {
         const float* weight = weight_pairs + pair * LANES;
 #pragma GCC unroll 16
         for (int lane = 0; lane < LANES; ++lane) {
-          sum[lane] = AddPairs{}(sum[lane], value, weight + lane);
+          sum[lane] = PairWords::add_product(sum[lane], value, weight + lane);
         }
       }
 #pragma GCC unroll 16

@@ -73,6 +73,24 @@ SPARSE_ATTN_INLINE void prefetch_list(const Lists& lists, int64_t head, int64_t 
   }
 }
 
+// While the rows from `first` on are computed, the next ones of the inputs, as far as `end`, and the lines of the
+// outputs, as far as `stored_end`, come into the cache.
+template <size_t INPUTS, size_t OUTPUTS>
+SPARSE_ATTN_INLINE void prefetch_around(
+    int64_t first,
+    const Head* const (&inputs)[INPUTS],
+    int64_t end,
+    const Head* const (&outputs)[OUTPUTS],
+    int64_t stored_end) {
+  const int64_t next = first + LANES;
+  for (const Head* input : inputs) {
+    prefetch_rows(*input, next, std::min(next + LANES, end));
+  }
+  for (const Head* output : outputs) {
+    prefetch_rows(*output, std::max<int64_t>(first, 0), std::min(next, stored_end));
+  }
+}
+
 // The two products of the forward pass in float32.
 struct FloatProducts {
   int64_t dims;
@@ -92,7 +110,7 @@ struct FloatProducts {
   }
   template <class Visit>
   SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
-    products(AddFloats{}, lanes, dims, keys, list, visit);
+    products(lanes, dims, keys, list, visit);
   }
   SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
     weighted_rows(weights, dims, values, list, rows);
@@ -122,10 +140,8 @@ inline void forward_with(const Forward& call, const Task& task, float* memory) {
       list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
       products.load_queries(query, first_row, alive);
     }
-    const int64_t next_row = first_row + LANES;
     prefetch_list(call.lists, task.head, group + 1);
-    prefetch_rows(query, next_row, std::min(next_row + LANES, sequence.rows_end));
-    prefetch_rows(output, std::max<int64_t>(first_row, 0), std::min(next_row, sequence.rows_stored));
+    prefetch_around(first_row, {&query}, sequence.rows_end, {&output}, sequence.rows_stored);
 
     Floats highest = minus_infinity;
     products.scores(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
@@ -218,34 +234,24 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
       load_lanes(grad_output, first_row, alive, 1.0f, space.second_lanes);
       for (int lane = 0; lane < LANES; ++lane) {
         const float lse = alive >> lane & 1 ? call.lse[row_start + first_row + lane] : 0.0f;
-        lse2[lane] = std::isinf(lse) ? 0.0f : lse / LN_2;
+        lse2[lane] = std::isinf(lse) ? 0.0f : lse * LOG2_E;
       }
     }
-    products(
-        AddFloats{},
-        space.first_lanes,
-        dims,
-        keys,
-        list,
-        [&](int64_t entry, Floats score) __attribute__((always_inline)) {
-          store(probabilities + entry * LANES, kept_or(list, entry, shift, exp2_of(score - lse2), 0.0f));
-        });
+    prefetch_list(call.lists, task.head, group + 1);
+    prefetch_around(first_row, {&query, &grad_output}, sequence.rows_end, {&grad_query}, sequence.rows_stored);
+    products(space.first_lanes, dims, keys, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+      store(probabilities + entry * LANES, kept_or(list, entry, shift, exp2_of(score - lse2), 0.0f));
+    });
     const Words words =
         row_words(call.dropout, counting_from(0) * numbers.step + (numbers.first + numbers.step * uint32_t(first_row)));
     Floats delta = splat(0.0f);
-    products(
-        AddFloats{},
-        space.second_lanes,
-        dims,
-        values,
-        list,
-        [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
-          if (call.dropout.threshold > 0) {
-            dp *= dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
-          }
-          delta += load(probabilities + entry * LANES) * dp;
-          store(grad_probabilities + entry * LANES, dp);
-        });
+    products(space.second_lanes, dims, values, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+      if (call.dropout.threshold > 0) {
+        dp *= dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
+      }
+      delta += load(probabilities + entry * LANES) * dp;
+      store(grad_probabilities + entry * LANES, dp);
+    });
     for (int64_t entry = 0; entry < list.count; ++entry) {
       const Floats dp = load(grad_probabilities + entry * LANES);
       store(probabilities + entry * LANES, load(probabilities + entry * LANES) * (dp - delta));
@@ -294,39 +300,29 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       load_lanes(key, first_key, alive, call.scale * LOG2_E, space.first_lanes);
       load_lanes(value, first_key, alive, 1.0f, space.second_lanes);
     }
-    products(
-        AddFloats{},
-        space.first_lanes,
-        dims,
-        queries,
-        list,
-        [&](int64_t entry, Floats score) __attribute__((always_inline)) {
-          const float lse = call.lse[row_start + list.rows[entry]];
-          const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse / LN_2);
-          store(grad_scores + entry * LANES, kept_or(list, entry, shift, exp2_of(log2_p), 0.0f));
-          if (call.rounding.count > 0) {
-            store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(log2_p), 0.0f));
-          }
-        });
-    products(
-        AddFloats{},
-        space.second_lanes,
-        dims,
-        grads,
-        list,
-        [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
-          const int64_t row = list.rows[entry];
-          const Floats p = load(grad_scores + entry * LANES);
-          Floats weight = call.rounding.count > 0 ? load(used + entry * LANES) : p;
-          if (call.dropout.threshold > 0) {
-            const Words words = row_words(call.dropout, splat_word(numbers.first + numbers.step * uint32_t(row)));
-            const Floats factors = dropout_factors(call.dropout, words, counting_from(uint32_t(first_key)));
-            weight *= factors;
-            dp *= factors;
-          }
-          store(used + entry * LANES, weight);
-          store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
-        });
+    prefetch_list(call.transposed, task.head, group + 1);
+    prefetch_around(first_key, {&key, &value}, sequence.keys_end, {&grad_key, &grad_value}, sequence.keys_stored);
+    products(space.first_lanes, dims, queries, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+      const float lse = call.lse[row_start + list.rows[entry]];
+      const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse * LOG2_E);
+      store(grad_scores + entry * LANES, kept_or(list, entry, shift, exp2_of(log2_p), 0.0f));
+      if (call.rounding.count > 0) {
+        store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(log2_p), 0.0f));
+      }
+    });
+    products(space.second_lanes, dims, grads, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+      const int64_t row = list.rows[entry];
+      const Floats p = load(grad_scores + entry * LANES);
+      Floats weight = call.rounding.count > 0 ? load(used + entry * LANES) : p;
+      if (call.dropout.threshold > 0) {
+        const Words words = row_words(call.dropout, splat_word(numbers.first + numbers.step * uint32_t(row)));
+        const Floats factors = dropout_factors(call.dropout, words, counting_from(uint32_t(first_key)));
+        weight *= factors;
+        dp *= factors;
+      }
+      store(used + entry * LANES, weight);
+      store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
+    });
     weighted_rows(used, dims, grads, list, {grad_value, first_key, stored, splat(1.0f)});
     weighted_rows(grad_scores, dims, queries, list, {grad_key, first_key, stored, splat(call.scale)});
   }

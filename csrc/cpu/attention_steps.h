@@ -215,9 +215,9 @@ inline int64_t uses_of(const Lists& lists, const Task& task, int64_t end) {
   return uses;
 }
 
-// Adds the product of a word, the same for all lanes, with the lanes.
-struct AddFloats {
-  SPARSE_ATTN_INLINE_MEMBER Floats operator()(Floats sum, Floats lanes, const char* word) const {
+// What a row's words are: adds the product of one, the same for all lanes, with the lanes.
+struct FloatWords {
+  static SPARSE_ATTN_INLINE_MEMBER Floats add_product(Floats sum, Floats lanes, const char* word) {
     float factor;
     std::memcpy(&factor, word, sizeof factor);
     return sum + lanes * factor;
@@ -225,9 +225,8 @@ struct AddFloats {
 };
 
 // The products of every entry's row with the lanes [words][LANES]: visit(entry, [LANES]).
-template <class AddProduct, class Visit>
-SPARSE_ATTN_INLINE void products(
-    AddProduct add_product, const float* lanes, int64_t words, Rows rows, const Entries& list, Visit visit) {
+template <class Word = FloatWords, class Visit>
+SPARSE_ATTN_INLINE void products(const float* lanes, int64_t words, Rows rows, const Entries& list, Visit visit) {
   for (int64_t first = 0; first < list.count; first += ENTRIES) {
     const int64_t count = std::min<int64_t>(ENTRIES, list.count - first);
     const char* row[ENTRIES];
@@ -242,7 +241,7 @@ SPARSE_ATTN_INLINE void products(
         const Floats factors = load(lane + word * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < ENTRIES; ++i) {
-          sum[i] = add_product(sum[i], factors, row[i] + 4 * word);
+          sum[i] = Word::add_product(sum[i], factors, row[i] + 4 * word);
         }
       }
 #pragma GCC unroll 8
