@@ -175,24 +175,21 @@ struct Free {
   }
 };
 
-// Runs a kernel for the groups [first, end) of every head of every sequence. Threads take the next task when they are
-// done with one, since lists differ in length.
+// A kernel and the groups [first, end) of every head that it is to run on.
 template <class SomeCall>
-void for_each_task(
-    const SomeCall& call,
-    const Kernels& kernels,
-    int64_t first,
-    int64_t end,
-    void (*kernel)(const SomeCall&, const Task&, float*)) {
-  const int64_t heads = call.batch * call.heads, groups = end - first;
-  if (heads == 0 || groups <= 0) {
-    return;
-  }
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>((TASKS_PER_THREAD * threads + heads - 1) / heads, 1, groups);
-  const int64_t tasks = heads * parts;
+struct Pass {
+  void (*kernel)(const SomeCall&, const Task&, float*);
+  int64_t first, end;
+};
+
+// Runs passes, one after the other, on one head of one sequence after the other, each in so many parts. Threads take
+// the next part when they are done with one, since lists differ in length.
+template <class SomeCall>
+void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes, int64_t parts) {
+  const int64_t tasks = call.batch * call.heads * parts;
   std::atomic<int64_t> taken{0};
   std::atomic<bool> out_of_memory{false};
+  const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
     const size_t bytes = (kernels.workspace_floats(call) * sizeof(float) + 63) / 64 * 64;
     const std::unique_ptr<float, Free> workspace(static_cast<float*>(std::aligned_alloc(64, bytes)));
@@ -202,12 +199,31 @@ void for_each_task(
     }
     for (int64_t index = taken++; index < tasks; index = taken++) {
       const int64_t head = index / parts, part = index % parts;
-      const Task task{
-          head / call.heads, head % call.heads, first + groups * part / parts, first + groups * (part + 1) / parts};
-      kernel(call, task, workspace.get());
+      for (const auto& [kernel, first, end] : passes) {
+        const int64_t groups = end - first;
+        const Task task{
+            head / call.heads, head % call.heads, first + groups * part / parts, first + groups * (part + 1) / parts};
+        if (task.first < task.end) {
+          kernel(call, task, workspace.get());
+        }
+      }
     }
   });
   STD_TORCH_CHECK(!out_of_memory, "not enough memory for the workspace of an attention call");
+}
+
+// Runs passes of which each needs what the one before has computed for the same head. With enough heads for all threads
+// a head has all its passes at once and finds its rows in the cache.
+template <class SomeCall>
+void run(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes) {
+  const int64_t heads = call.batch * call.heads, tasks = TASKS_PER_THREAD * torch::stable::get_num_threads();
+  if (heads >= tasks) {
+    run_parts(call, kernels, passes, 1);
+  } else if (heads > 0) {
+    for (const Pass<SomeCall>& pass : passes) {
+      run_parts(call, kernels, {pass}, (tasks + heads - 1) / heads);
+    }
+  }
 }
 
 void native_attention(
@@ -265,7 +281,7 @@ void native_attention(
   call.lse = lse.numel() > 0 ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   const Kernels& kernels = kernels_named(instruction_set);
   const int64_t end = (call.query_len + query_offset + GROUP_ROWS - 1) / GROUP_ROWS;
-  for_each_task(call, kernels, query_offset / GROUP_ROWS, end, kernels.forward);
+  run<Forward>(call, kernels, {{kernels.forward, query_offset / GROUP_ROWS, end}});
 }
 
 void native_attention_backward(
@@ -336,9 +352,12 @@ void native_attention_backward(
   call.lse = static_cast<const float*>(lse.const_data_ptr());
   call.delta = static_cast<float*>(delta.mutable_data_ptr());
   const Kernels& kernels = kernels_named(instruction_set);
-  const int64_t query_groups = (call.query_len + query_offset + GROUP_ROWS - 1) / GROUP_ROWS;
-  for_each_task(call, kernels, query_offset / GROUP_ROWS, query_groups, kernels.backward_query);
-  for_each_task(call, kernels, 0, (call.key_len + GROUP_ROWS - 1) / GROUP_ROWS, kernels.backward_key_value);
+  const int64_t query_end = (call.query_len + query_offset + GROUP_ROWS - 1) / GROUP_ROWS;
+  const int64_t key_end = (call.key_len + GROUP_ROWS - 1) / GROUP_ROWS;
+  run<Backward>(
+      call,
+      kernels,
+      {{kernels.backward_query, query_offset / GROUP_ROWS, query_end}, {kernels.backward_key_value, 0, key_end}});
 }
 
 }  // namespace
