@@ -132,16 +132,16 @@ struct Rows {
 // order of lists they would come one by one; and copied if they lie apart: between other heads' they share few cache
 // sets and fill many pages.
 inline Rows float_rows_of(const Head& head, int64_t count, int64_t uses, float* buffer) {
+  constexpr int64_t ROWS_AHEAD = 16;
   const int64_t dims = padded_dim(head.head_dim);
   const bool met_often = uses >= 2 * count;
-  const bool has_form = head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims;
-  if (met_often || !has_form) {
-    prefetch_rows(head, 0, count);
-  }
-  if (has_form && (head.row_stride == dims || !met_often)) {
+  if (head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims &&
+      (head.row_stride == dims || !met_often)) {
+    prefetch_rows(head, 0, met_often ? count : 0);
     return {head.data, head.row_stride * 4};
   }
   for (int64_t row = 0; row < count; ++row) {
+    prefetch_rows(head, row + ROWS_AHEAD, std::min(row + ROWS_AHEAD + 1, count));
     for (int64_t dim = 0; dim < dims; dim += LANES) {
       store(buffer + row * dims + dim, load_dims(head, row, dim));
     }
