@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_attn import GlobalMask, QuantizationTable, attention, log_table, quantize, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from sparse_attn.backends import triton
-from tests.helpers import assert_within_budget, backends, random_inputs, random_layout
+from tests.helpers import assert_within_budget, backends, gradients, random_inputs, random_layout
 
 LENGTHS = (1, 15, 16, 17, 63, 129, 384)
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -264,6 +264,17 @@ def test_random_calls(backend, device, data):
     assert torch.isfinite(result).all()
     if query.abs().max() < 10:
         assert_within_budget(result, query, key, value, layout, **arguments)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch", "reference"))
+def test_a_layout_first_used_in_inference_mode_serves_training(backend, device):
+    inputs = random_inputs((1, 2, 40, 32), torch.float32, device)
+    with torch.inference_mode():
+        layout = random_layout(2, 40, 0.3, device)
+        sparse_attention(*inputs, layout, backend=backend)
+    fresh = GlobalMask(layout.keep()[None].cpu().clone()).layout(0, device)
+    found, expected = (gradients(inputs, each, torch.ones_like(inputs[0]), backend) for each in (layout, fresh))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
