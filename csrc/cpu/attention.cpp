@@ -15,6 +15,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace sparse_attn {
@@ -175,6 +177,27 @@ struct Free {
   }
 };
 
+// Tasks 0 to `count` for threads to take: at first many that follow each other, whose rows share pages that the
+// processor then knows, in the end one at a time, since lists differ in length.
+class TaskCounter {
+ public:
+  TaskCounter(int64_t count, int64_t threads) : count_(count), threads_(threads) {
+  }
+  // The next tasks [first, end); none are left if first == end.
+  std::pair<int64_t, int64_t> take() {
+    int64_t first = next_, end;
+    do {
+      const int64_t left = count_ - first;
+      end = first + std::min(left, std::max<int64_t>(1, left / (2 * threads_)));
+    } while (!next_.compare_exchange_weak(first, end));
+    return {first, end};
+  }
+
+ private:
+  const int64_t count_, threads_;
+  std::atomic<int64_t> next_{0};
+};
+
 // A kernel and the groups [first, end) of every head that it is to run on.
 template <class SomeCall>
 struct Pass {
@@ -187,9 +210,19 @@ struct Pass {
 template <class SomeCall>
 void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes, int64_t parts) {
   const int64_t tasks = call.batch * call.heads * parts;
-  std::atomic<int64_t> taken{0};
-  std::atomic<bool> out_of_memory{false};
   const int64_t threads = torch::stable::get_num_threads();
+  TaskCounter counter(tasks, threads);
+  std::atomic<bool> out_of_memory{false};
+  const auto run_task = [&](int64_t head, int64_t part, float* workspace) {
+    for (const auto& [kernel, first, end] : passes) {
+      const int64_t groups = end - first;
+      const Task task{
+          head / call.heads, head % call.heads, first + groups * part / parts, first + groups * (part + 1) / parts};
+      if (task.first < task.end) {
+        kernel(call, task, workspace);
+      }
+    }
+  };
   torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
     const size_t bytes = (kernels.workspace_floats(call) * sizeof(float) + 63) / 64 * 64;
     const std::unique_ptr<float, Free> workspace(static_cast<float*>(std::aligned_alloc(64, bytes)));
@@ -197,15 +230,9 @@ void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<P
       out_of_memory = true;
       return;
     }
-    for (int64_t index = taken++; index < tasks; index = taken++) {
-      const int64_t head = index / parts, part = index % parts;
-      for (const auto& [kernel, first, end] : passes) {
-        const int64_t groups = end - first;
-        const Task task{
-            head / call.heads, head % call.heads, first + groups * part / parts, first + groups * (part + 1) / parts};
-        if (task.first < task.end) {
-          kernel(call, task, workspace.get());
-        }
+    for (auto [index, last] = counter.take(); index < last; std::tie(index, last) = counter.take()) {
+      for (; index < last; ++index) {
+        run_task(index / parts, index % parts, workspace.get());
       }
     }
   });
