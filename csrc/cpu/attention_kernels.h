@@ -12,13 +12,19 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-// The keys that a group of queries meets, those that padding or causality hides left out.
-inline Entries keys_of_group(
-    const Call& call, const Lists& lists, const Task& task, int64_t group, int64_t keys_end, Workspace& space) {
-  const int64_t first_row = group * GROUP_ROWS;
+// Where a part of a group begins: with lane 0 in row `shift` of the group.
+constexpr int shift_of(int64_t part) {
+  return static_cast<int>(part % PARTS) * LANES;
+}
+
+// The keys that a part of a group of queries meets, with a bit for each lane that keeps them. Keys that padding or
+// causality hides are left out.
+inline Entries keys_of_part(
+    const Call& call, const Lists& lists, const Task& task, int64_t part, int64_t keys_end, Workspace& space) {
+  const int64_t group = part / PARTS, first_row = group * GROUP_ROWS;
   const Entries list =
       entries_of(lists, task.head, group, call.causal ? std::min(keys_end, first_row + GROUP_ROWS) : keys_end);
-  if (!call.causal && !call.key_padding) {
+  if (!call.causal && !call.key_padding && (PARTS == 1 || !list.kept)) {
     return list;
   }
   const uint8_t* padding = call.key_padding ? call.key_padding + task.batch * call.key_len : nullptr;
@@ -26,38 +32,40 @@ inline Entries keys_of_group(
   for (int64_t entry = 0; entry < list.count; ++entry) {
     const int32_t key = list.rows[entry];
     const uint32_t visible = call.causal ? bits_between(first_row, GROUP_ROWS, key, first_row + GROUP_ROWS) : ALL_ROWS;
+    const uint32_t kept = visible & (list.kept ? list.kept[entry] : ALL_ROWS);
     space.rows[count] = key;
-    space.kept[count] = static_cast<int32_t>(visible & (list.kept ? list.kept[entry] : ALL_ROWS));
-    count += !padding || padding[key];
+    space.kept[count] = static_cast<int32_t>(kept >> shift_of(part) & ALL_LANES);
+    count += space.kept[count] != 0 && (!padding || padding[key]);
   }
   return {space.rows, space.kept, count};
 }
 
-// The queries that a group of keys meets, as rows of the sequence.
-inline Entries queries_of_group(
+// The queries that the lanes `alive` of a part of a group of keys meet, as rows of the sequence, likewise.
+inline Entries queries_of_part(
     const Call& call,
     const Lists& lists,
     const Task& task,
-    int64_t group,
+    int64_t part,
     uint32_t alive,
     int64_t rows_end,
     Workspace& space) {
-  const int64_t first_key = group * GROUP_ROWS;
+  const int64_t group = part / PARTS, first_key = group * GROUP_ROWS;
   const Entries list = entries_of(lists, task.head, group, rows_end + call.query_offset);
   int64_t count = 0;
   for (int64_t entry = 0; entry < list.count; ++entry) {
     const int64_t position = list.rows[entry];
     const uint32_t visible = call.causal ? bits_between(first_key, GROUP_ROWS, first_key, position + 1) : ALL_ROWS;
+    const uint32_t kept = visible & (list.kept ? list.kept[entry] : ALL_ROWS);
     space.rows[count] = static_cast<int32_t>(position - call.query_offset);
-    space.kept[count] = static_cast<int32_t>(alive & visible & (list.kept ? list.kept[entry] : ALL_ROWS));
-    count += position >= call.query_offset;
+    space.kept[count] = static_cast<int32_t>(kept >> shift_of(part) & alive);
+    count += space.kept[count] != 0 && position >= call.query_offset;
   }
   return {space.rows, space.kept, count};
 }
 
-// Lanes whose row, from row `shift` of the group on, keeps an entry; the others become `otherwise`.
-SPARSE_ATTN_INLINE Floats kept_or(const Entries& list, int64_t entry, int shift, Floats lanes, float otherwise) {
-  return list.kept ? select(static_cast<uint32_t>(list.kept[entry]) >> shift, lanes, splat(otherwise)) : lanes;
+// Lanes that keep an entry; the others become `otherwise`.
+SPARSE_ATTN_INLINE Floats kept_or(const Entries& list, int64_t entry, Floats lanes, float otherwise) {
+  return list.kept ? select(list.kept[entry], lanes, splat(otherwise)) : lanes;
 }
 
 SPARSE_ATTN_INLINE void prefetch_list(const Lists& lists, int64_t head, int64_t group) {
@@ -131,21 +139,20 @@ inline void forward_with(const Forward& call, const Task& task, float* memory) {
   float* scores = space.first_scores;
 
   for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
-    const int64_t group = part / PARTS, first_row = part * LANES - call.query_offset;
-    const int shift = static_cast<int>(part % PARTS) * LANES;
+    const int64_t first_row = part * LANES - call.query_offset;
     const uint32_t alive = bits_between(first_row, LANES, 0, sequence.rows_end);
     const uint32_t stored = bits_between(first_row, LANES, 0, sequence.rows_stored);
     Entries list{nullptr, nullptr, 0};
     if (alive) {
-      list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
+      list = keys_of_part(call, call.lists, task, part, sequence.keys_end, space);
       products.load_queries(query, first_row, alive);
     }
-    prefetch_list(call.lists, task.head, group + 1);
+    prefetch_list(call.lists, task.head, part / PARTS + 1);
     prefetch_around(first_row, {&query}, sequence.rows_end, {&output}, sequence.rows_stored);
 
     Floats highest = minus_infinity;
     products.scores(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
-      score = kept_or(list, entry, shift, score, -std::numeric_limits<float>::infinity());
+      score = kept_or(list, entry, score, -std::numeric_limits<float>::infinity());
       highest = maximum(score, highest);
       store(scores + entry * LANES, score);
     });
@@ -222,14 +229,13 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
   float *probabilities = space.first_scores, *grad_probabilities = space.second_scores;
 
   for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
-    const int64_t group = part / PARTS, first_row = part * LANES - call.query_offset;
-    const int shift = static_cast<int>(part % PARTS) * LANES;
+    const int64_t first_row = part * LANES - call.query_offset;
     const uint32_t alive = bits_between(first_row, LANES, 0, sequence.rows_end);
     const uint32_t stored = bits_between(first_row, LANES, 0, sequence.rows_stored);
     Entries list{nullptr, nullptr, 0};
     Floats lse2 = splat(0.0f);
     if (alive) {
-      list = keys_of_group(call, call.lists, task, group, sequence.keys_end, space);
+      list = keys_of_part(call, call.lists, task, part, sequence.keys_end, space);
       load_lanes(query, first_row, alive, call.scale * LOG2_E, space.first_lanes);
       load_lanes(grad_output, first_row, alive, 1.0f, space.second_lanes);
       for (int lane = 0; lane < LANES; ++lane) {
@@ -237,10 +243,10 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
         lse2[lane] = std::isinf(lse) ? 0.0f : lse * LOG2_E;
       }
     }
-    prefetch_list(call.lists, task.head, group + 1);
+    prefetch_list(call.lists, task.head, part / PARTS + 1);
     prefetch_around(first_row, {&query, &grad_output}, sequence.rows_end, {&grad_query}, sequence.rows_stored);
     products(space.first_lanes, dims, keys, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
-      store(probabilities + entry * LANES, kept_or(list, entry, shift, exp2_of(score - lse2), 0.0f));
+      store(probabilities + entry * LANES, kept_or(list, entry, exp2_of(score - lse2), 0.0f));
     });
     const Words words =
         row_words(call.dropout, counting_from(0) * numbers.step + (numbers.first + numbers.step * uint32_t(first_row)));
@@ -285,8 +291,7 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
   float *used = space.first_scores, *grad_scores = space.second_scores;
 
   for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
-    const int64_t group = part / PARTS, first_key = part * LANES;
-    const int shift = static_cast<int>(part % PARTS) * LANES;
+    const int64_t first_key = part * LANES;
     const uint32_t stored = bits_between(first_key, LANES, 0, sequence.keys_stored);
     uint32_t alive = bits_between(first_key, LANES, 0, sequence.keys_end);
     for (int lane = 0; padding && lane < LANES; ++lane) {
@@ -296,18 +301,18 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
     }
     Entries list{nullptr, nullptr, 0};
     if (alive) {
-      list = queries_of_group(call, call.transposed, task, group, alive << shift, sequence.rows_end, space);
+      list = queries_of_part(call, call.transposed, task, part, alive, sequence.rows_end, space);
       load_lanes(key, first_key, alive, call.scale * LOG2_E, space.first_lanes);
       load_lanes(value, first_key, alive, 1.0f, space.second_lanes);
     }
-    prefetch_list(call.transposed, task.head, group + 1);
+    prefetch_list(call.transposed, task.head, part / PARTS + 1);
     prefetch_around(first_key, {&key, &value}, sequence.keys_end, {&grad_key, &grad_value}, sequence.keys_stored);
     products(space.first_lanes, dims, queries, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
       const float lse = call.lse[row_start + list.rows[entry]];
       const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse * LOG2_E);
-      store(grad_scores + entry * LANES, kept_or(list, entry, shift, exp2_of(log2_p), 0.0f));
+      store(grad_scores + entry * LANES, kept_or(list, entry, exp2_of(log2_p), 0.0f));
       if (call.rounding.count > 0) {
-        store(used + entry * LANES, kept_or(list, entry, shift, round_to_levels(log2_p), 0.0f));
+        store(used + entry * LANES, kept_or(list, entry, round_to_levels(log2_p), 0.0f));
       }
     });
     products(space.second_lanes, dims, grads, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {

@@ -16,7 +16,7 @@ constexpr float LN_2 = 0.693147180559945309417f;
 constexpr int ENTRIES = 8;  // list entries whose products are summed at a time: as many as hide the latency of an FMA
 constexpr int GROUP_ROWS = 16;
 constexpr int PARTS = GROUP_ROWS / LANES;  // of a group, each as many rows as there are lanes
-constexpr uint32_t ALL_ROWS = 0xffff;
+constexpr uint32_t ALL_ROWS = 0xffff, ALL_LANES = (1u << LANES) - 1;
 constexpr int64_t STOP_KEYS = 32;
 
 SPARSE_ATTN_INLINE int64_t padded_dim(int64_t head_dim) {
@@ -188,7 +188,8 @@ SPARSE_ATTN_INLINE uint32_t bits_between(int64_t first, int count, int64_t begin
   return low < high ? (1u << high) - (1u << low) : 0;
 }
 
-// What a group meets: rows of the other side, and for each the group's rows that keep it (null: all).
+// What a group, or a part of it, meets: rows of the other side, and for each the bits of those that keep it (null:
+// all).
 struct Entries {
   const int32_t* rows;
   const int32_t* kept;
