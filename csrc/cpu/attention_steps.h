@@ -50,6 +50,7 @@ struct Head {
   Element element;
   char* data;
   int64_t row_stride, dim_stride, head_dim;
+  bool plain;  // float32 rows that fill whole registers
 
   int64_t bytes() const {
     return element == Element::Float32 ? 4 : 2;
@@ -60,7 +61,8 @@ struct Head {
 };
 
 inline Head head_of(const Call& call, const Matrix& matrix, const Sequence& sequence, int64_t head) {
-  Head found{call.element, nullptr, matrix.row, matrix.dim, call.head_dim};
+  const bool plain = call.element == Element::Float32 && matrix.dim == 1 && call.head_dim % LANES == 0;
+  Head found{call.element, nullptr, matrix.row, matrix.dim, call.head_dim, plain};
   const int64_t first = sequence.index * matrix.batch + head * matrix.head + sequence.first_token * matrix.row;
   found.data = static_cast<char*>(matrix.data) + first * found.bytes();
   return found;
@@ -85,6 +87,9 @@ SPARSE_ATTN_INLINE void store_element(Element element, void* to, Floats lanes) {
 
 // LANES elements of a row from `dim` on, zeros past head_dim.
 SPARSE_ATTN_INLINE Floats load_dims(const Head& head, int64_t row, int64_t dim) {
+  if (head.plain) {
+    return load(reinterpret_cast<const float*>(head.data) + row * head.row_stride + dim);
+  }
   if (head.dim_stride == 1 && dim + LANES <= head.head_dim) {
     return load_element(head.element, head.at(row, dim));
   }
@@ -96,6 +101,10 @@ SPARSE_ATTN_INLINE Floats load_dims(const Head& head, int64_t row, int64_t dim) 
 }
 
 SPARSE_ATTN_INLINE void store_dims(const Head& head, int64_t row, int64_t dim, Floats lanes) {
+  if (head.plain) {
+    store(reinterpret_cast<float*>(head.data) + row * head.row_stride + dim, lanes);
+    return;
+  }
   if (head.dim_stride == 1 && dim + LANES <= head.head_dim) {
     store_element(head.element, head.at(row, dim), lanes);
     return;
@@ -135,8 +144,7 @@ inline Rows float_rows_of(const Head& head, int64_t count, int64_t uses, float* 
   constexpr int64_t ROWS_AHEAD = 16;
   const int64_t dims = padded_dim(head.head_dim);
   const bool met_often = uses >= 2 * count;
-  if (head.element == Element::Float32 && head.dim_stride == 1 && head.head_dim == dims &&
-      (head.row_stride == dims || !met_often)) {
+  if (head.plain && (head.row_stride == dims || !met_often)) {
     prefetch_rows(head, 0, met_often ? count : 0);
     return {head.data, head.row_stride * 4};
   }
