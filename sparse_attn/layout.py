@@ -18,10 +18,10 @@ from .step_lists import StepLists, step_bits_of
 
 ROWS = (16, 32, 64, 128)  # sizes of a row group; 16 is canonical, the others are unions of it
 BITS_PER_WORD = 32
-_for_training_too = torch.inference_mode(False)  # what a layout keeps, autograd may save later
 STOP_KEYS = 32  # keys between two entries of ColumnLists.stops
 _POSITIONS_AT_ONCE = 2**22  # whose bits are packed together, each in 8 bytes
 _WEIGHT_CLASSES = 8  # lists whose lengths differ by less than an eighth of the longest keep their order
+_for_training_too = torch.inference_mode(False)  # what a layout keeps, autograd may save later
 
 
 @dataclass(frozen=True)

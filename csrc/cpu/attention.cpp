@@ -15,8 +15,6 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 namespace sparse_attn {
@@ -183,14 +181,14 @@ class TaskCounter {
  public:
   TaskCounter(int64_t count, int64_t threads) : count_(count), threads_(threads) {
   }
-  // The next tasks [first, end); none are left if first == end.
-  std::pair<int64_t, int64_t> take() {
-    int64_t first = next_, end;
+  // Takes the next tasks, [first, end). Returns whether there were any.
+  bool take(int64_t& first, int64_t& end) {
+    first = next_;
     do {
       const int64_t left = count_ - first;
       end = first + std::min(left, std::max<int64_t>(1, left / (2 * threads_)));
     } while (!next_.compare_exchange_weak(first, end));
-    return {first, end};
+    return first < end;
   }
 
  private:
@@ -205,8 +203,7 @@ struct Pass {
   int64_t first, end;
 };
 
-// Runs passes, one after the other, on one head of one sequence after the other, each in so many parts. Threads take
-// the next part when they are done with one, since lists differ in length.
+// Runs passes, one after the other, on parts of heads: every head of every sequence has `parts`.
 template <class SomeCall>
 void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes, int64_t parts) {
   const int64_t tasks = call.batch * call.heads * parts;
@@ -230,7 +227,7 @@ void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<P
       out_of_memory = true;
       return;
     }
-    for (auto [index, last] = counter.take(); index < last; std::tie(index, last) = counter.take()) {
+    for (int64_t index, last; counter.take(index, last);) {
       for (; index < last; ++index) {
         run_task(index / parts, index % parts, workspace.get());
       }
@@ -248,7 +245,8 @@ void run(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<So
     run_parts(call, kernels, passes, 1);
   } else if (heads > 0) {
     for (const Pass<SomeCall>& pass : passes) {
-      run_parts(call, kernels, {pass}, (tasks + heads - 1) / heads);
+      const int64_t groups = std::max<int64_t>(1, pass.end - pass.first);
+      run_parts(call, kernels, {pass}, std::min(groups, (tasks + heads - 1) / heads));
     }
   }
 }

@@ -10,7 +10,7 @@ namespace sparse_attn::SPARSE_ATTN_ISA {
 
 constexpr int64_t PAIRED_DIMS = 2 * LANES;  // what a register of pairs holds
 
-// The same of pairs, whose products are summed.
+// Words that are pairs of bfloat16, like `FloatWords`: both products are added.
 struct PairWords {
   static SPARSE_ATTN_INLINE_MEMBER Floats add_product(Floats sum, Floats lanes, const void* pair) {
     int32_t bits;
@@ -119,25 +119,8 @@ struct BFloat16Products {
             values.at(list.rows[first], dim), values.at(list.rows[second], dim), value_pairs + pair * dims + dim);
       }
     }
-    for (int64_t dim = 0; dim < dims; dim += LANES) {
-      Floats sum[LANES];
-#pragma GCC unroll 16
-      for (int lane = 0; lane < LANES; ++lane) {
-        sum[lane] = splat(0.0f);
-      }
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        const Floats value = load(value_pairs + pair * dims + dim);
-        const float* weight = weight_pairs + pair * LANES;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < LANES; ++lane) {
-          sum[lane] = PairWords::add_product(sum[lane], value, weight + lane);
-        }
-      }
-#pragma GCC unroll 16
-      for (int lane = 0; lane < LANES; ++lane) {
-        rows.write(lane, dim, sum[lane]);
-      }
-    }
+    const auto pair_row = [&](int64_t pair) __attribute__((always_inline)) { return value_pairs + pair * dims; };
+    weighted_rows<PairWords>(weight_pairs, pairs, dims, pair_row, rows);
   }
 };
 

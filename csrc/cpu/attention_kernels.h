@@ -92,7 +92,7 @@ SPARSE_ATTN_INLINE void prefetch_around(
     int64_t stored_end) {
   const int64_t next = first + LANES;
   for (const Head* input : inputs) {
-    prefetch_rows(*input, next, std::min(next + LANES, end));
+    prefetch_rows(*input, std::max<int64_t>(next, 0), std::min(next + LANES, end));
   }
   for (const Head* output : outputs) {
     prefetch_rows(*output, std::max<int64_t>(first, 0), std::min(next, stored_end));
@@ -121,7 +121,7 @@ struct FloatProducts {
     products(lanes, dims, keys, list, visit);
   }
   SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
-    weighted_rows(weights, dims, values, list, rows);
+    weighted_entries(weights, list, dims, values, rows);
   }
 };
 
@@ -267,7 +267,7 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
         call.delta[row_start + first_row + lane] = delta[lane];
       }
     }
-    weighted_rows(probabilities, dims, keys, list, {grad_query, first_row, stored, splat(call.scale)});
+    weighted_entries(probabilities, list, dims, keys, {grad_query, first_row, stored, splat(call.scale)});
   }
 }
 
@@ -328,8 +328,8 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       store(used + entry * LANES, weight);
       store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
     });
-    weighted_rows(used, dims, grads, list, {grad_value, first_key, stored, splat(1.0f)});
-    weighted_rows(grad_scores, dims, queries, list, {grad_key, first_key, stored, splat(call.scale)});
+    weighted_entries(used, list, dims, grads, {grad_value, first_key, stored, splat(1.0f)});
+    weighted_entries(grad_scores, list, dims, queries, {grad_key, first_key, stored, splat(call.scale)});
   }
 }
 
