@@ -28,20 +28,23 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
-    """Times a copy of 1 GiB (a quarter of it on a CPU) and a matrix product of side 8192 (2048 on a CPU)."""
+    """Times a copy of 1 GiB (a quarter of it on a CPU) and a matrix product of side 8192 (2048 on a CPU).
+
+    A kernel copies, changing signs: a GPU's copy engine, which `copy_` in a graph may use, has less bandwidth.
+    """
     generator, side = torch.Generator(device).manual_seed(0), _MATRIX_SIDE[device.type]
-    source = torch.empty(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device).random_(generator=generator)
+    source = torch.empty(_COPIED_BYTES[device.type] // 4, dtype=torch.float32, device=device).normal_(generator=generator)
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)
     timer = make_timer(device)
     timed = [
-        timer.prepare(lambda: target.copy_(source)),
+        timer.prepare(lambda: torch.neg(source, out=target)),
         timer.prepare(lambda: torch.mm(left, right, out=product)),
     ]
     time_in_turns(timer, timed, [seconds] * 2)
     copy, multiply = (percentiles(one.milliseconds)[1] / 1e3 for one in timed)
-    return Ceilings(2 * source.numel() / copy, 2 * side**3 / multiply)
+    return Ceilings(2 * source.nbytes / copy, 2 * side**3 / multiply)
 
 
 def least_bytes(workload: Workload, direction: str, element_bytes: int) -> int:

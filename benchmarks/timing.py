@@ -35,12 +35,14 @@ class Timed:
         timing: "graph" (replays of a CUDA graph), "stream" (launches from Python) or "host" (a CPU).
         milliseconds: of each repetition.
         failure: the error that ended it, if one did.
+        captured: what a graph was made of; the graph needs the tensors that this holds.
     """
 
     launch: Call
     timing: str
     milliseconds: list[float] = field(default_factory=list)
     failure: Exception | None = None
+    captured: Call | None = None
 
 
 def keep_freed_memory() -> None:
@@ -101,7 +103,7 @@ class DeviceTimer:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
         graph = None if waits else self._captured(call)
-        return Timed(call, "stream") if graph is None else Timed(graph.replay, "graph")
+        return Timed(call, "stream") if graph is None else Timed(graph.replay, "graph", captured=call)
 
     def repeat(self, timed: Sequence[Timed]) -> None:
         """Runs each call once, and waits for all of them."""
