@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
@@ -137,17 +138,20 @@ def prepare(
         training: whether calls will need gradients, which takes more lists; None prepares for both.
 
     Raises:
-        ValueError: an unknown backend, or a head_dim that it cannot compute.
+        ValueError: an unknown backend, or a head_dim or dtype that the one named cannot compute.
     """
     _check_backend(backend)
     table = as_table(bits)
     for with_gradients in (False, True) if training is None else (training,):
-        names = [backend]
-        if backend == "auto":  # the first choice may refuse some calls, whose place the usual one takes then
-            preferred = automatic(layout, head_dim, dtype, table is not None, with_gradients)
-            names = [preferred[0], _usual(layout.device)[0]]
-        for name in names:
-            _layout_arguments(BACKENDS[name], layout, head_dim, dtype, table, with_gradients)
+        if backend != "auto":
+            _layout_arguments(BACKENDS[backend], layout, head_dim, dtype, table, with_gradients)
+            continue
+        # The first choice may refuse some calls, whose place the usual one takes then; what neither can compute is left
+        # to those after them.
+        preferred = automatic(layout, head_dim, dtype, table is not None, with_gradients)
+        for name in (preferred[0], _usual(layout.device)[0]):
+            with suppress(ValueError):
+                _layout_arguments(BACKENDS[name], layout, head_dim, dtype, table, with_gradients)
 
 
 def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:

@@ -84,8 +84,10 @@ def test_unpadding_while_a_cuda_graph_is_captured(monkeypatch):
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 @pytest.mark.parametrize("mode", ["graph", "reduce-overhead"])
 def test_captured_in_a_cuda_graph(model, mode):
-    """A captured pass computes new inputs of the same shape: nothing of it looks at values on the host."""
-    patch_bert(model.half(), MASK, bits=3, unpad=False if mode == "graph" else None)
+    """A captured pass computes new inputs of the same shape: nothing of it looks at values on the host. Compiled code
+    rounds float16 at other places, which may move a probability over the edge of a bin: there are none then."""
+    bits, unpad = (3, False) if mode == "graph" else (None, None)
+    patch_bert(model.half(), MASK, bits=bits, unpad=unpad)
     inputs = device_inputs()
     if mode == "reduce-overhead":
         torch._dynamo.reset()
