@@ -18,8 +18,8 @@ from sparse_attn.kernels.configuration import TABLES, BlockConfig, architecture_
 from .options import OneLineParser, file_to_write
 from .tuning.problems import PROBLEMS, TuningProblem
 
-# How many warps fit beside each other: 12 in a multiprocessor, in one block or several.
-CONFIGS = tuple(BlockConfig(warps, parts) for warps, parts in ((6, 1), (12, 1), (4, 1), (3, 1), (4, 2), (6, 2)))
+# A multiprocessor has registers for 12 warps.
+CONFIGS = tuple(BlockConfig(warps, parts) for warps, parts in ((10, 1), (12, 1), (8, 1), (12, 2)))
 _LEAST_GAIN = 1.02  # by less, times differ from run to run
 _SCREEN_SECONDS, _FINAL_SECONDS = 0.01, 0.1
 _LIMIT = 5e-3  # largest relative difference of the two kernels' results

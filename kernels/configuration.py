@@ -75,12 +75,13 @@ class BlockConfig:
     """How the CUDA kernel is cut.
 
     Attributes:
-        warps: of a block.
-        parts: blocks that share the queries of a head, each with all its keys.
+        warps: of a block, of which a multiprocessor holds one.
+        parts: in how many parts the queries of a head are computed, each with all its keys; at least so many that every
+            multiprocessor has some.
         faster: whether it was measured to be faster than the Triton kernel.
     """
 
-    warps: int = 6  # two blocks fit into a multiprocessor
+    warps: int = 12
     parts: int = 1
     faster: bool = False
 

@@ -14,13 +14,16 @@ def decoded(lists: FragmentLists, heads: int, query_len: int, key_len: int, row_
     groups = -(-query_len // 16)
     keep = torch.zeros(heads, groups * 16, key_len, dtype=torch.bool)
     words = lists.words.long() & 0xFFFFFFFF
+    # As a warp copies them: lanes that copy a row stand beside each other and take 8 rows one after the other.
+    rows_at_once = 512 // row_bytes
+    copied = lists.places.view(heads, -1, rows_at_once, 8).transpose(2, 3).reshape(heads, -1).long() & 0xFFFF
     for head in range(heads):
         for group in range(groups):
             first = int(lists.first_steps[head, group])
             for step in range(first, first - (-int(lists.counts[head, group, -1]) // 32)):
                 places = words[step] >> 16
-                keys, swizzles = places // row_bytes, places % row_bytes // 16
-                assert torch.equal(swizzles, lists.swizzles[head, keys].long())
+                keys = places // row_bytes
+                assert torch.equal(places, copied[head, keys])
                 for lane in range(32):
                     for bit in range(16):
                         if words[step, lane] >> bit & 1:
@@ -60,6 +63,15 @@ def test_counts_and_order_follow_the_lists():
     assert lists.order[0, 0] == 2 and lists.order[1, 6] == 4
     assert lists.order[:, :7].sort(1).values.tolist() == [list(range(7))] * 2
     assert (lists.order[:, 7:] == NO_GROUP).all()
+
+
+def test_heads_with_most_work_come_first():
+    keep = torch.zeros(70, 40, 40, dtype=torch.bool)
+    for head in range(70):
+        keep[head, :, : 1 + 13 * head % 40] = True
+    heaviest = fragment_lists(SparseLayout(keep), 128).heaviest
+    steps = [3 * -(-(1 + 13 * head % 40) // 32) for head in heaviest]
+    assert sorted(heaviest) == list(range(64)) and steps == sorted(steps, reverse=True)
 
 
 def test_a_large_mask_is_cut_to_what_fits():

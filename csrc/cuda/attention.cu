@@ -3,8 +3,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "fragments.cuh"
 
 #include "attention_arguments.h"
@@ -24,25 +22,27 @@ __global__ void __launch_bounds__(MAX_THREADS, 1) attention_kernel(const __grid_
   attend_in_block<ELEMENT, HEAD_DIM, ROUNDING>(call);
 }
 
-// The most shared memory that any call of a kernel may want on the current device.
-int most_shared_memory(int head_dim) {
-  int device = 0, limit = 0;
+int attribute_of_device(cudaDeviceAttr name) {
+  int device = 0, number = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return std::min(limit, shared_memory_of(head_dim, MAX_LENGTH, MAX_LEVELS).bytes);
+  check(cudaDeviceGetAttribute(&number, name, device), "cudaDeviceGetAttribute");
+  return number;
+}
+
+Limits limits_of_device() {
+  return {
+      attribute_of_device(cudaDevAttrMultiProcessorCount),
+      attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
-void start(const Launch& launch, Kernel<ELEMENT, HEAD_DIM, ROUNDING>) {
+void start(const Launch& launch, const Limits& limits, Kernel<ELEMENT, HEAD_DIM, ROUNDING>) {
   const auto kernel = attention_kernel<ELEMENT, HEAD_DIM, ROUNDING>;
   // The same for every call: others may be started by other threads, or captured in the same graph.
   check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_memory(HEAD_DIM)),
+      cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_bytes)),
       "reserving shared memory for a block");
-  // All of an SM's memory that can be: as many blocks as fit.
-  check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-      "reserving shared memory of an SM");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const auto blocks = static_cast<unsigned>(launch.blocks), threads = static_cast<unsigned>(launch.threads);
   kernel<<<blocks, threads, launch.call.memory.bytes, stream>>>(launch.call);
@@ -57,8 +57,10 @@ void native_attention_cuda(
     const Tensor first_steps,
     const Tensor counts,
     const Tensor order,
-    const Tensor swizzles,
+    const Tensor places,
     bool full,
+    int64_t key_count,
+    const std::vector<int64_t> heaviest,
     const OptionalTensor query_lengths,
     const OptionalTensor key_lengths,
     const OptionalTensor key_padding,
@@ -73,7 +75,10 @@ void native_attention_cuda(
     int64_t stream,
     const Tensor output,
     const Tensor lse) {
+  const torch::stable::accelerator::DeviceGuard device(query.get_device_index());
+  const Limits limits = limits_of_device();
   const Launch launch = launch_of(
+      limits,
       query,
       key,
       value,
@@ -81,8 +86,10 @@ void native_attention_cuda(
       first_steps,
       counts,
       order,
-      swizzles,
+      places,
       full,
+      key_count,
+      heaviest,
       query_lengths,
       key_lengths,
       key_padding,
@@ -98,8 +105,7 @@ void native_attention_cuda(
       output,
       lse);
   if (launch.blocks > 0) {
-    const torch::stable::accelerator::DeviceGuard device(query.get_device_index());
-    with_kernel(launch, [&](auto kernel) { start(launch, kernel); });
+    with_kernel(launch, [&](auto kernel) { start(launch, limits, kernel); });
   }
 }
 

@@ -10,7 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
-#include <initializer_list>
+#include <limits>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -29,6 +29,11 @@ struct Launch {
   ScalarType dtype;
   int64_t head_dim, blocks, threads;
   void* stream;
+};
+
+// What a call can use of a GPU.
+struct Limits {
+  int64_t multiprocessors, shared_bytes;  // of these, what one block can have
 };
 
 template <class T>
@@ -63,10 +68,12 @@ inline Rows rows_of(const Tensor& tensor, bool packed) {
           aligned(batch, packed ? 1 : tensor.size(0)) && aligned(head, tensor.size(1)) &&
           aligned(row, tensor.size(packed ? 0 : 2)),
       "the rows of query, key, value and output must start at multiples of 16 bytes, their elements side by side");
-  return {data, batch, head, row};
+  STD_TORCH_CHECK(row < MAX_ROW_STRIDE, "rows of query, key, value and output must be less than 4 MB apart");
+  return {data, batch, head, static_cast<uint32_t>(row)};
 }
 
 inline Launch launch_of(
+    const Limits& limits,
     const Tensor& query,
     const Tensor& key,
     const Tensor& value,
@@ -74,8 +81,10 @@ inline Launch launch_of(
     const Tensor& first_steps,
     const Tensor& counts,
     const Tensor& order,
-    const Tensor& swizzles,
+    const Tensor& places,
     bool full,
+    int64_t key_count,
+    const std::vector<int64_t> heaviest,
     const OptionalTensor& query_lengths,
     const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding,
@@ -95,7 +104,6 @@ inline Launch launch_of(
   Launch launch{};
   launch.dtype = query.scalar_type();
   launch.head_dim = query.size(packed ? 2 : 3);
-  launch.blocks = batch * heads * parts;
   launch.threads = 32 * warps;
   launch.stream = reinterpret_cast<void*>(stream);
 
@@ -104,6 +112,7 @@ inline Launch launch_of(
   call.key = rows_of(key, packed);
   call.value = rows_of(value, packed);
   call.output = rows_of(output, packed);
+  call.batch = static_cast<int32_t>(batch);
   call.heads = static_cast<int32_t>(heads);
   call.query_len = static_cast<int32_t>(packed ? max_length : query.size(2));
   call.key_len = static_cast<int32_t>(packed ? max_length : key.size(2));
@@ -116,7 +125,12 @@ inline Launch launch_of(
   const auto level_count = static_cast<int64_t>(levels.size());
   STD_TORCH_CHECK(scale > 0.0 && level_count <= MAX_LEVELS, "the scale must be positive, the levels at most 256");
   for (int64_t i = 0; i < level_count; ++i) {
-    call.levels[i / 2] |= static_cast<uint32_t>(element_bits(levels[i], launch.dtype)) << (16 * (i % 2));
+    const uint32_t bits = element_bits(levels[i], launch.dtype);
+    call.levels[i / 2] |= bits << (16 * (i % 2));
+    if (i < 8) {
+      call.low_bytes[i / 4] |= (bits & 255) << (8 * (i % 4));
+      call.high_bytes[i / 4] |= bits >> 8 << (8 * (i % 4));
+    }
   }
   call.level_count = static_cast<int32_t>(level_count);
   call.level_rate = level_count > 0 ? static_cast<float>(1.0 / (static_cast<double>(level_count) * step)) : 0.0f;
@@ -125,18 +139,17 @@ inline Launch launch_of(
   call.lse = has_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   call.lse_batch = has_lse && !packed ? lse.stride(0) : 0;
   call.lse_head = has_lse ? lse.stride(packed ? 0 : 1) : 0;
-  call.parts = static_cast<int32_t>(parts);
-  call.memory = shared_memory_of(launch.head_dim, call.key_len, level_count);
 
   FragmentLists& lists = call.lists;
   lists.words = list_data<uint32_t>(words, ScalarType::Int, 2);
   lists.first_steps = list_data<int32_t>(first_steps, ScalarType::Int, 2);
   lists.counts = list_data<int32_t>(counts, ScalarType::Int, 3);
   lists.order = list_data<uint8_t>(order, ScalarType::Byte, 2);
-  lists.swizzles = list_data<uint8_t>(swizzles, ScalarType::Byte, 2);
+  lists.places = list_data<uint16_t>(places, ScalarType::Short, 2);
   lists.groups = static_cast<int32_t>(first_steps.size(1));
   lists.blocks = static_cast<int32_t>(counts.size(2)) - 1;
-  lists.keys = static_cast<int32_t>(swizzles.size(1));
+  lists.keys = static_cast<int32_t>(key_count);
+  lists.places_of_head = static_cast<int32_t>(places.size(1));
   lists.full = full;
 
   STD_TORCH_CHECK(
@@ -146,6 +159,25 @@ inline Launch launch_of(
   STD_TORCH_CHECK(first_steps.size(0) == heads && order.size(1) == MAX_GROUPS, "the layout is for other heads");
   STD_TORCH_CHECK(
       0 < warps && launch.threads <= MAX_THREADS && 0 < parts, "a block has 1 to ", MAX_THREADS, " threads");
+
+  STD_TORCH_CHECK(
+      static_cast<int64_t>(heaviest.size()) == std::min<int64_t>(heads, MAX_ORDERED_HEADS), "the layout is for other heads");
+  std::copy(heaviest.begin(), heaviest.end(), call.heaviest);
+
+  // A few heads are cut so that all multiprocessors have some of their groups.
+  const int64_t pairs = batch * heads, groups = (call.query_len + GROUP_ROWS - 1) / GROUP_ROWS;
+  if (pairs > 0) {
+    parts = std::max(parts, std::min(limits.multiprocessors / pairs, groups));
+  }
+  STD_TORCH_CHECK(pairs * parts < std::numeric_limits<int32_t>::max() / 2, "there are too many heads and sequences");
+  call.parts = static_cast<int32_t>(parts);
+  call.items = static_cast<int32_t>(pairs * parts);
+  launch.blocks = std::min(pairs * parts, limits.multiprocessors);
+  const int64_t rounds = launch.blocks > 0 ? (call.items + launch.blocks - 1) / launch.blocks : 1;
+  call.memory = shared_memory_of(launch.head_dim, call.key_len, level_count, warps, limits.shared_bytes, rounds);
+  STD_TORCH_CHECK(
+      call.memory.bytes <= limits.shared_bytes, "keys and values take ", call.memory.bytes,
+      " bytes of shared memory, the GPU has ", limits.shared_bytes);
   return launch;
 }
 

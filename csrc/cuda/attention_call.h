@@ -2,6 +2,7 @@
 // sparse_attn/backends/fragment_lists.py for the form of the layout.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace sparse_attn {
@@ -12,12 +13,16 @@ constexpr int MAX_LENGTH = 512;
 constexpr int MAX_GROUPS = MAX_LENGTH / GROUP_ROWS;
 constexpr int MAX_THREADS = 384;  // leaves 168 registers for each
 constexpr int MAX_LEVELS = 256;
+constexpr int MAX_ORDERED_HEADS = 64;
+
+constexpr int64_t MAX_ROW_STRIDE = 1 << 22;  // so that 32 bits address the rows of a head
 
 // A tensor's memory, strides in bytes. The elements of a row lie side by side. Packed tensors have no stride between
 // sequences.
 struct Rows {
   char* data;
-  int64_t batch, head, row;
+  int64_t batch, head;
+  uint32_t row;
 };
 
 // The layout's lists, in steps of 32 keys.
@@ -26,31 +31,58 @@ struct FragmentLists {
   const int32_t* first_steps;  // [heads * groups]
   const int32_t* counts;       // [heads * groups, blocks + 1], keys of a list below 32, 64, ...
   const uint8_t* order;        // [heads, MAX_GROUPS], groups of a head, the longest list first
-  const uint8_t* swizzles;     // [heads, keys]
-  int32_t groups, blocks, keys;
+  const uint16_t* places;      // [heads, places_of_head], where a key's row begins, in the order of copying
+  int32_t groups, blocks, keys, places_of_head;
   bool full;  // all rows of a group keep all keys of its list
 };
 
-// Where things lie in a block's shared memory, in bytes: keys, values, a table of levels, the block's groups (see Group
-// in attention_kernel.cuh) and its facts.
+// Shared memory holds a ring of slots. A slot has the keys and values of a head of a sequence, and elsewhere, beside
+// each other, its groups (see Group in attention_ring.cuh), facts and barriers. Numbers are bytes.
 struct SharedMemory {
-  int32_t values, table, groups, facts, bytes;
+  int32_t slots, slot, values;  // how many; the size of one; where its values begin
+  int32_t scratch;              // a group's rows for each warp
+  int32_t table;                // of levels
+  int32_t infos, bytes;         // the slots' groups, facts and barriers; everything
 };
 
-// What all warps of a block know: a word each. A register that does not hold one of them holds a score.
-enum Fact { GROUPS, GROUPS_TAKEN, SEQUENCE, FIRST_TOKEN, HEAD, ROWS_END, ROWS_STORED, KEYS_END, FACTS };
+// What all warps know of a slot: a word each. A register that does not hold one of them holds a score.
+// Pointers to the first query, output and lse of the head have two words.
+enum Fact {
+  QUERIES, OUTPUTS = QUERIES + 2, LSES = OUTPUTS + 2, GROUPS = LSES + 2, GROUPS_TAKEN, SEQUENCE, ROWS_END, ROWS_STORED,
+  KEYS_END, FACTS
+};
 
-inline SharedMemory shared_memory_of(int64_t head_dim, int64_t key_len, int64_t level_count) {
+// Passed when the keys and facts of a slot, or its values, have arrived; when all warps have left it.
+enum Barrier { KEYS_ARRIVED, VALUES_ARRIVED, SLOT_FREE, BARRIERS };
+
+constexpr int MAX_SLOTS = 4;
+constexpr int FACTS_AT = 8 * MAX_GROUPS, BARRIERS_AT = FACTS_AT + 4 * FACTS, INFO_BYTES = BARRIERS_AT + 8 * BARRIERS;
+static_assert(BARRIERS_AT % 8 == 0 && INFO_BYTES % 8 == 0);
+
+// At least one slot; more, up to `wanted`, as far as `limit` allows.
+inline SharedMemory shared_memory_of(
+    int64_t head_dim, int64_t key_len, int64_t level_count, int64_t warps, int64_t limit, int64_t wanted) {
   // Both regions start at the first bank.
-  const int32_t region = static_cast<int32_t>((key_len + 1) / 2 * 2 * 2 * head_dim);
-  const int32_t groups = 2 * region + (level_count > 8 ? 2 * MAX_LEVELS : 0), facts = groups + 8 * MAX_GROUPS;
-  return {region, 2 * region, groups, facts, facts + 4 * FACTS};
+  const int64_t region = (key_len + 1) / 2 * 2 * 2 * head_dim, table_bytes = level_count > 8 ? 2 * MAX_LEVELS : 0;
+  const int64_t scratch_bytes = warps * GROUP_ROWS * 2 * head_dim;
+  const int64_t others = scratch_bytes + table_bytes + 8;  // 8: the number of jobs taken, behind the infos
+  const int64_t fitting = (limit - others) / (2 * region + INFO_BYTES);
+  const int64_t slots = std::max<int64_t>(1, std::min({wanted, fitting, int64_t{MAX_SLOTS}}));
+  SharedMemory memory{};
+  memory.slots = static_cast<int32_t>(slots);
+  memory.slot = static_cast<int32_t>(2 * region);
+  memory.values = static_cast<int32_t>(region);
+  memory.scratch = memory.slots * memory.slot;
+  memory.table = memory.scratch + static_cast<int32_t>(scratch_bytes);
+  memory.infos = memory.table + static_cast<int32_t>(table_bytes);
+  memory.bytes = memory.infos + memory.slots * INFO_BYTES + 8;
+  return memory;
 }
 
 struct AttentionCall {
   Rows query, key, value, output;
   FragmentLists lists;
-  int32_t heads, query_len, key_len;  // lengths: the longest of a packed batch
+  int32_t batch, heads, query_len, key_len;  // lengths: the longest of a packed batch
   const int32_t* query_lengths;       // these four may be null
   const int32_t* key_lengths;
   const uint8_t* key_padding;
@@ -62,9 +94,12 @@ struct AttentionCall {
   float below_level_count;  // the largest float32 below level_count
   float* lse;               // may be null
   int64_t lse_batch, lse_head;
-  int32_t parts;  // blocks that share the groups of a head
+  int32_t parts;  // items that share the groups of a head of a sequence
+  int32_t items;  // parts of heads of sequences; a block takes one after the other
   SharedMemory memory;
-  uint32_t levels[MAX_LEVELS / 2];  // pairs of elements
+  uint8_t heaviest[MAX_ORDERED_HEADS];  // heads, those with most work first; the others follow by number
+  uint32_t levels[MAX_LEVELS / 2];          // pairs of elements
+  uint32_t low_bytes[2], high_bytes[2];     // of the first eight levels
 };
 
 }  // namespace sparse_attn

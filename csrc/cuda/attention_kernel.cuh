@@ -1,15 +1,54 @@
-// Attention over a global mask for sequences whose keys and values fit into shared memory. A block owns a head of a
-// sequence (or a share of its queries) and holds all its keys and values; a warp takes 16 queries at a time and walks
-// their list, a key a lane: ldmatrix, which wants a row's address from each lane, gathers rows at no cost but that of
-// bank conflicts. Include fragments.cuh (or the emulator's) before.
+// Attention over a global mask for sequences whose keys and values fit into shared memory, which holds those of one head
+// or more at a time (see attention_ring.cuh). A warp takes 16 queries at a time and walks their list, a key a lane:
+// ldmatrix, which wants a row's address from each lane, gathers rows at no cost but that of bank conflicts. Include
+// fragments.cuh (or the emulator's) before.
 #pragma once
 
-#include "attention_preparation.cuh"
+#include "attention_ring.cuh"
 
 namespace sparse_attn {
 
-constexpr int HELD_STEPS = 4;     // lists up to 128 keys have all their scores in registers
-constexpr int SEGMENT_STEPS = 2;  // longer ones are taken 64 keys at a time
+constexpr int SEGMENT_STEPS = 2;  // long lists are taken 64 keys at a time
+
+// A warp's own part of shared memory: 16 rows of queries on their way in, and then of output on its way out. Pieces of 16
+// bytes are permuted so that 8 of them that are written or read together lie in different banks.
+template <int ROW_BYTES>
+class WarpScratch {
+  static constexpr unsigned CHUNKS = ROW_BYTES / 16;
+
+  uint32_t start;
+  unsigned lane;
+
+  SPARSE_ATTN_DEVICE uint32_t address(unsigned row, unsigned chunk) const {
+    return start + row * ROW_BYTES + 16 * (chunk ^ row * CHUNKS / 8 % CHUNKS);
+  }
+
+ public:
+  static constexpr int TURNS = GROUP_ROWS * CHUNKS / 32;  // 512 bytes at a time
+
+  SPARSE_ATTN_DEVICE WarpScratch(const AttentionCall& call, unsigned thread)
+      : start(shared_memory() + call.memory.scratch + thread / 32 * (GROUP_ROWS * ROW_BYTES)), lane(thread % 32) {
+  }
+
+  // The piece that a lane copies in a turn: its row, its first byte in the row, and where it lies.
+  SPARSE_ATTN_DEVICE int row(int turn) const {
+    return lane / CHUNKS + 32 / CHUNKS * turn;
+  }
+  SPARSE_ATTN_DEVICE unsigned byte() const {
+    return 16 * (lane % CHUNKS);
+  }
+  SPARSE_ATTN_DEVICE uint32_t piece(int turn) const {
+    return (address(lane / CHUNKS, lane % CHUNKS) ^ (CHUNKS == 8 ? turn % 2 * 64 : 0)) + 512 * turn;
+  }
+
+  // What a lane points at: to load a left factor of the matrix unit; to store columns 32 * block + (0 to 31) of 8 rows.
+  SPARSE_ATTN_DEVICE uint32_t left_factor(int part) const {
+    return address(lane % 16, lane / 16) ^ (32 * part);
+  }
+  SPARSE_ATTN_DEVICE uint32_t matrix_row(int half, int block) const {
+    return (address(lane % 8, lane / 8) ^ (64 * block)) + 8 * ROW_BYTES * half;
+  }
+};
 
 // One warp of a block.
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
@@ -17,84 +56,105 @@ class Warp {
   static constexpr int ROW_BYTES = 2 * HEAD_DIM;
   static constexpr int BLOCKS = ROW_BYTES / 64;  // four neighbours have 16 bytes each
   static constexpr bool ROUNDED = ROUNDING != Rounding::None;
+  // Lists of so many steps have all their scores in registers, as many as these have room for. Longer lists cost more
+  // where they are rounded.
+  static constexpr int HELD_STEPS = ROUNDING == Rounding::EightLevels ? MOST_HELD_STEPS : ROUNDED ? 2 : 3;
+  using Scratch = WarpScratch<ROW_BYTES>;
+
+  // A group with what is sent for ahead: its queries, and the start of its list.
+  struct Task {
+    bool exists;
+    Group group;
+    Query<HEAD_DIM> query;
+    uint32_t words[HELD_STEPS];
+  };
 
   const AttentionCall& call;
-  const uint32_t shared;
   const int lane;
-  bool values_arrived = false;
-  // The group to come, with what is sent for ahead: its queries (see `attend`) and the start of its list.
-  Group next;
-  Query<HEAD_DIM> query;
-  uint32_t words[HELD_STEPS];
+  Ring<ROW_BYTES> ring;
+  Seat seat;  // of the group that is computed
 
  public:
   SPARSE_ATTN_DEVICE explicit Warp(const AttentionCall& call)
-      : call(call), shared(shared_memory()), lane(thread_number() % 32) {
+      : call(call), lane(thread_number() % 32), ring(call) {
   }
 
   SPARSE_ATTN_DEVICE void run() {
-    Group group{0, 0};
-    RowState state;
-    Output<HEAD_DIM> output;
-    bool first = true;
-    for (int turn = uniform(thread_number() / 32);; turn = next_turn()) {
-      const bool found = take(turn);
-      if (first) {
-        await_copies<1>();
-        block_barrier();
-        first = false;
-      } else {
-        store(group, state, output);
+    if constexpr (ROUNDING == Rounding::Table) {
+      for (int pair = thread_number(); pair < call.level_count / 2; pair += thread_count()) {
+        store_shared(shared_memory() + call.memory.table + 4 * pair, call.levels[pair]);
       }
-      if (!found) {
-        break;
-      }
-      group = next;
-      state = RowState();
-      attend(group, state, output);
     }
-    await_values();
+    ring.start();
+    Task next;
+    next.exists = false;
+    while (true) {
+      const Task task = next;
+      if (!task.exists) {
+        if (!ring.advance()) {
+          return;
+        }
+      }
+      seat = ring.seat;
+      look_ahead(next);
+      RowState state;
+      Output<HEAD_DIM> output;
+      if (task.exists) {
+        ring.help();
+      }
+      commit_copies();
+      if (task.exists) {
+        attend(task, state, output);
+      }
+      collect(next);
+      if (task.exists) {
+        store(task.group, state, output);
+      }
+      if (ring.seat.slot != seat.slot) {
+        ring.leave(seat);
+      }
+    }
   }
 
  private:
-  SPARSE_ATTN_DEVICE int fact(Fact name) const {
-    return static_cast<int>(load_shared(shared + call.memory.facts + 4 * name));
+  // Takes a group that no warp has taken yet, of the item or else of the next one, and sends for what it needs first.
+  SPARSE_ATTN_DEVICE void look_ahead(Task& task) {
+    int turn = ring.take_turn();
+    if (turn < 0 && ring.advance_at_once()) {
+      turn = ring.take_turn();
+    }
+    task.exists = turn >= 0;
+    if (task.exists) {
+      task.group = ring.group_of(turn);
+      const Scratch scratch(call, computed_here(thread_number()));
+      const int first_row = task.group.first_row(), rows_end = ring.fact(ring.seat, ROWS_END);
+      char* queries = ring.template pointer<char>(ring.seat, QUERIES) + scratch.byte();
+#pragma unroll
+      for (int turn = 0; turn < Scratch::TURNS; ++turn) {
+        const int row = first_row + scratch.row(turn);
+        copy_async(scratch.piece(turn), row_of(queries, call.query, row), row >= rows_end);
+      }
+      read_words<HELD_STEPS>(ring.seat, task.group, 0, task.words);
+    }
+    commit_copies();
   }
 
-  // Looks up a group of the block and sends for what it needs first.
-  SPARSE_ATTN_DEVICE bool take(int turn) {
-    if (turn >= uniform(fact(GROUPS))) {
-      return false;
-    }
-    const uint32_t entry = shared + call.memory.groups + 8 * turn;
-    next.packed = uniform(load_shared(entry));
-    next.first_step = uniform(load_shared(entry + 4));
-    const int lane = computed_here(this->lane), row = next.first_row() + lane / 4, rows_end = fact(ROWS_END);
-    const char* from = row_of(call.query, fact(SEQUENCE), fact(HEAD), fact(FIRST_TOKEN) + row) + lane % 4 * 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const char* half = from + i / 2 * 16 + i % 2 * 8 * call.query.row;
-      const bool exists = row + i % 2 * 8 < rows_end;
+  // Takes the queries that were sent for before the last group of copies was. The scratch is free then.
+  SPARSE_ATTN_DEVICE void collect(Task& task) const {
+    await_copies<1>();
+    warp_barrier();
+    if (task.exists) {
+      const Scratch scratch(call, computed_here(thread_number()));
 #pragma unroll
       for (int part = 0; part < HEAD_DIM / 16; ++part) {
-        query[part][i] = load_word(half + 32 * part, exists);
+        load_matrices(task.query[part], scratch.left_factor(part));
       }
     }
-    read_words<HELD_STEPS>(next, 0, words);
-    return true;
-  }
-
-  SPARSE_ATTN_DEVICE int next_turn() const {
-    uint32_t turn = 0;
-    if (lane == 0) {
-      turn = add_shared(shared + call.memory.facts + 4 * GROUPS_TAKEN, 1);
-    }
-    return uniform(turn);
   }
 
   // The list from step `first` on, a key a lane: in the upper half of a word where its rows lie in shared memory.
   template <int STEPS>
-  SPARSE_ATTN_DEVICE void read_words(const Group& group, int first, uint32_t (&word)[STEPS]) const {
+  SPARSE_ATTN_DEVICE void read_words(Seat seat, const Group& group, int first, uint32_t (&word)[STEPS]) const {
     const uint32_t* list = call.lists.words + static_cast<int64_t>(group.first_step) * 32 + computed_here(lane);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
@@ -102,7 +162,7 @@ class Warp {
     }
 #pragma unroll 1
     for (int step = max(first, group.partial()); step < min(first + STEPS, group.steps()); ++step) {
-      const uint32_t shown = without_hidden(group, list[step * 32]);
+      const uint32_t shown = without_hidden(seat, group, list[step * 32]);
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) {
         word[i] = first + i == step ? shown : word[i];
@@ -112,12 +172,12 @@ class Warp {
 
   // A word without the bits of what lengths, padding and causality hide. Keys past the end are not in shared memory:
   // the first row, of which nothing is used then, takes their place.
-  SPARSE_ATTN_DEVICE uint32_t without_hidden(const Group& group, uint32_t word) const {
+  SPARSE_ATTN_DEVICE uint32_t without_hidden(Seat seat, const Group& group, uint32_t word) const {
     const int key = static_cast<int>((word >> 16) / ROW_BYTES);
-    const bool exists = key < fact(KEYS_END);
+    const bool exists = key < ring.fact(seat, KEYS_END);
     bool shown = exists;
     if (call.key_padding && exists) {
-      shown = call.key_padding[static_cast<int64_t>(fact(SEQUENCE)) * call.key_len + key];
+      shown = call.key_padding[static_cast<int64_t>(ring.fact(seat, SEQUENCE)) * call.key_len + key];
     }
     uint32_t bits = 0;
     if (call.causal) {
@@ -140,79 +200,81 @@ class Warp {
     return (exists ? word & 0xffff0000u : 0) | (word & bits & 0xffffu);
   }
 
-  // Before the first look at the values, once in every warp.
-  SPARSE_ATTN_DEVICE void await_values() {
-    if (!values_arrived) {
-      await_copies<0>();
-      block_barrier();
-      values_arrived = true;
-    }
-  }
-
-  SPARSE_ATTN_DEVICE void attend(const Group& group, RowState& state, Output<HEAD_DIM>& output) {
-    clear<HEAD_DIM>(output);
+  SPARSE_ATTN_DEVICE void attend(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
     // A kernel of its own for every length up to HELD_STEPS.
-    switch (group.steps()) {
+    switch (task.group.steps()) {
       case 0:
-        break;
+        return clear<HEAD_DIM>(output);
       case 1:
-        return attend_held<1>(group, state, output);
+        return attend_held<1>(task, state, output);
       case 2:
-        return attend_held<2>(group, state, output);
+        return attend_held<2>(task, state, output);
       case 3:
-        return attend_held<3>(group, state, output);
+        if constexpr (HELD_STEPS >= 3) {
+          return attend_held<3>(task, state, output);
+        }
+        [[fallthrough]];
       case 4:
-        return attend_held<4>(group, state, output);
+        if constexpr (HELD_STEPS >= 4) {
+          if (task.group.steps() == 4) {
+            return attend_held<4>(task, state, output);
+          }
+        }
+        [[fallthrough]];
       default:
-        attend_in_segments(group, state, output);
+        attend_in_segments(task, state, output);
     }
   }
 
   template <int STEPS>
-  SPARSE_ATTN_DEVICE void attend_held(const Group& group, RowState& state, Output<HEAD_DIM>& output) {
+  SPARSE_ATTN_DEVICE void attend_held(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
     float scores[STEPS][TILES][4];
     Probabilities<STEPS> p;
+    score<STEPS>(task, 0, task.words, scores);
     float correction[2];
-    score<STEPS>(group, 0, words, scores);
     state.raise<STEPS>(scores, call.scale_log2, correction);
     state.add<ELEMENT, !ROUNDED, STEPS>(scores, call.scale_log2, p);
     state.complete();
     if constexpr (ROUNDED) {
-      Rounder<ROUNDING>(call, shared, state).template round<STEPS>(scores, p);
+      Rounder<ROUNDING>(call, shared_memory(), state).template round<STEPS>(scores, p);
     }
-    await_values();
-    add<STEPS>(p, words, STEPS, output);
+    ring.await_values(seat);
+    clear<HEAD_DIM>(output);
+    add<STEPS>(p, task.words, STEPS, output);
   }
 
   // Without rounding in one pass; with it the normaliser must be known first.
-  SPARSE_ATTN_DEVICE void attend_in_segments(const Group& group, RowState& state, Output<HEAD_DIM>& output) {
+  SPARSE_ATTN_DEVICE void attend_in_segments(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
+    const int steps = task.group.steps();
     float scores[SEGMENT_STEPS][TILES][4];
     Probabilities<SEGMENT_STEPS> p;
     uint32_t segment[SEGMENT_STEPS], following[SEGMENT_STEPS];
 #pragma unroll
     for (int i = 0; i < SEGMENT_STEPS; ++i) {
-      following[i] = words[i];
+      following[i] = task.words[i];
     }
-    await_values();
+    clear<HEAD_DIM>(output);
+    ring.await_values(seat);
 #pragma unroll 1
-    for (int first = 0; first < group.steps(); first += SEGMENT_STEPS) {
-      score_segment(group, first, segment, following, scores);
+    for (int first = 0; first < steps; first += SEGMENT_STEPS) {
+      score_segment(task, first, segment, following, scores);
       float correction[2];
-      state.template raise<SEGMENT_STEPS>(scores, call.scale_log2, correction);
+      if (state.template raise<SEGMENT_STEPS>(scores, call.scale_log2, correction) && !ROUNDED) {
+        scale_output<HEAD_DIM>(output, correction);
+      }
       state.template add<ELEMENT, !ROUNDED, SEGMENT_STEPS>(scores, call.scale_log2, p);
       if constexpr (!ROUNDED) {
-        scale_output<HEAD_DIM>(output, correction);
-        add<SEGMENT_STEPS>(p, segment, group.steps() - first, output);
+        add<SEGMENT_STEPS>(p, segment, steps - first, output);
       }
     }
     state.complete();
     if constexpr (ROUNDED) {
-      const Rounder<ROUNDING> rounder(call, shared, state);
+      const Rounder<ROUNDING> rounder(call, shared_memory(), state);
 #pragma unroll 1
-      for (int first = 0; first < group.steps(); first += SEGMENT_STEPS) {
-        score_segment(group, first, segment, following, scores);
+      for (int first = 0; first < steps; first += SEGMENT_STEPS) {
+        score_segment(task, first, segment, following, scores);
         rounder.template round<SEGMENT_STEPS>(scores, p);
-        add<SEGMENT_STEPS>(p, segment, group.steps() - first, output);
+        add<SEGMENT_STEPS>(p, segment, steps - first, output);
       }
     }
   }
@@ -220,7 +282,7 @@ class Warp {
   // The scores of a segment whose words have been sent for; sends for those of the next one, after the last one for
   // those of the first.
   SPARSE_ATTN_DEVICE void score_segment(
-      const Group& group,
+      const Task& task,
       int first,
       uint32_t (&segment)[SEGMENT_STEPS],
       uint32_t (&following)[SEGMENT_STEPS],
@@ -230,21 +292,21 @@ class Warp {
       segment[i] = following[i];
     }
     const int next_first = first + SEGMENT_STEPS;
-    read_words<SEGMENT_STEPS>(group, next_first < group.steps() ? next_first : 0, following);
-    score<SEGMENT_STEPS>(group, first, segment, scores);
+    read_words<SEGMENT_STEPS>(seat, task.group, next_first < task.group.steps() ? next_first : 0, following);
+    score<SEGMENT_STEPS>(task, first, segment, scores);
   }
 
   // Scores of STEPS steps from `first` on, -inf where not kept and past the end of the list.
   template <int STEPS, int WORDS>
   SPARSE_ATTN_DEVICE void score(
-      const Group& group, int first, const uint32_t (&word)[WORDS], float (&scores)[STEPS][TILES][4]) const {
+      const Task& task, int first, const uint32_t (&word)[WORDS], float (&scores)[STEPS][TILES][4]) const {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      multiply_keys<ELEMENT, HEAD_DIM>(query, shared + (word[step] >> 16), lane, scores[step]);
+      multiply_keys<ELEMENT, HEAD_DIM>(task.query, ring.keys(seat) + (word[step] >> 16), lane, scores[step]);
     }
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      if (first + step >= group.masked()) {
+      if (first + step >= task.group.masked()) {
         prune(word[step], scores[step]);
       }
     }
@@ -257,32 +319,31 @@ class Warp {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       if (step == 0 || step < steps) {
-        add_values<ELEMENT, HEAD_DIM>(p[step], shared + call.memory.values + (word[step] >> 16), output);
+        add_values<ELEMENT, HEAD_DIM>(p[step], ring.keys(seat) + call.memory.values + (word[step] >> 16), output);
       }
     }
   }
 
   SPARSE_ATTN_DEVICE void store(const Group& group, const RowState& state, Output<HEAD_DIM>& output) const {
-    const int lane = computed_here(this->lane), rows_end = fact(ROWS_END), rows_stored = fact(ROWS_STORED);
-    const int sequence = fact(SEQUENCE), head = fact(HEAD), first_token = fact(FIRST_TOKEN);
+    const unsigned lane = computed_here(this->lane);
+    const int rows_end = ring.fact(seat, ROWS_END), rows_stored = ring.fact(seat, ROWS_STORED);
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = group.first_row() + lane / 4 + 8 * half;
+      const int row = group.first_row() + static_cast<int>(lane / 4) + 8 * half;
       // Padding rows may have seen a full list: they yield zeros and -inf like any row without keys.
       const bool real = row < rows_end && state.sum[half] != 0.0f;
       // A sum that is NaN makes the row NaN also where it was rounded.
       factor[half] = !real ? 0.0f : ROUNDED ? 1.0f + 0.0f * state.sum[half] : inverse_of(state.sum[half]);
       if (call.lse && row < rows_stored && lane % 4 == 0) {
-        float* lse = call.lse + sequence * call.lse_batch + head * call.lse_head + first_token;
-        lse[row] = real ? state.lse2(half) * LN_2 : -INFINITY;
+        ring.template pointer<float>(seat, LSES)[row] = real ? state.lse2(half) * LN_2 : -INFINITY;
       }
     }
     scale_output<HEAD_DIM>(output, factor);
+    // Through shared memory: there lanes put what they have of a row, and take 16 bytes of one.
+    const Scratch scratch(call, computed_here(thread_number()));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = group.first_row() + lane / 4 + 8 * half;
-      char* to = row_of(call.output, sequence, head, first_token + row) + lane % 4 * 16;
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
         uint32_t chunk[4];
@@ -291,21 +352,26 @@ class Warp {
           const float (&values)[4] = output[4 * block + i];
           chunk[i] = pack<ELEMENT>(values[2 * half], values[2 * half + 1]);
         }
-        transpose_neighbours(chunk, lane);
-        if (row < rows_stored) {
-          store_words(to + 64 * block, chunk);
-        }
+        store_matrices(scratch.matrix_row(half, block), chunk);
       }
     }
+    warp_barrier();
+    char* outputs = ring.template pointer<char>(seat, OUTPUTS) + scratch.byte();
+#pragma unroll
+    for (int turn = 0; turn < Scratch::TURNS; ++turn) {
+      const int row = group.first_row() + scratch.row(turn);
+      uint32_t piece[4];
+      load_shared_words(piece, scratch.piece(turn));
+      if (row < rows_stored) {
+        store_words(row_of(outputs, call.output, row), piece);
+      }
+    }
+    warp_barrier();
   }
 };
 
-// Blocks: sequence by sequence, head by head, part by part.
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
 SPARSE_ATTN_DEVICE void attend_in_block(const AttentionCall& call) {
-  const int pair = block_number() / call.parts;
-  Preparation<ROUNDING, 2 * HEAD_DIM>(call, pair / call.heads, pair % call.heads).run();
-  block_barrier();
   Warp<ELEMENT, HEAD_DIM, ROUNDING>(call).run();
 }
 

@@ -27,22 +27,6 @@ using Query = uint32_t[HEAD_DIM / 16][4];
 template <int HEAD_DIM>
 using Output = float[HEAD_DIM / 8][4];
 
-// word[i] of lane j of four neighbours becomes word[j] of lane i.
-SPARSE_ATTN_DEVICE void transpose_neighbours(uint32_t (&word)[4], int lane) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (!(i & distance)) {
-        const uint32_t received = from_neighbour(upper ? word[i] : word[i + distance], distance);
-        word[i] = upper ? received : word[i];
-        word[i + distance] = upper ? word[i + distance] : received;
-      }
-    }
-  }
-}
-
 // Products of 16 queries with the 32 keys whose rows the lanes point at. A right factor's two words must come from one
 // ldmatrix, to lie in registers side by side: lanes 8 apart take the halves of 16 columns of both their keys.
 template <Element ELEMENT, int HEAD_DIM>
@@ -115,17 +99,21 @@ SPARSE_ATTN_DEVICE void add_values(const uint32_t (&p)[2 * TILES], uint32_t row,
   }
 }
 
-// The online softmax of a lane's two rows, over unscaled scores. A row without any kept key keeps the maximum -inf; 0
-// is subtracted there, so that nothing becomes NaN.
+// The online softmax of a lane's two rows. What is subtracted from scaled scores, `shift`, is the maximum of the first
+// ones. Later ones may exceed it a little: their exponentials are as exact, and what was summed need not be scaled
+// again. A row without any kept key keeps the maximum -inf; 0 is subtracted there, so that nothing becomes NaN.
 struct RowState {
+  static constexpr float MOST_EXCESS = 8.0f;  // exponentials up to 2 ** 8 are far from the end of float16
+
   float highest[2] = {-INFINITY, -INFINITY};
   float sum[2] = {0.0f, 0.0f};  // of the lane's own keys, until `complete`
   float shift[2] = {0.0f, 0.0f};
 
-  // Takes the maxima of more scores in; `correction` is the factor for what was summed before.
+  // Takes the maxima of more scores in, unless they exceed those of before little in all rows of the warp. Otherwise
+  // `correction` is the factor for what was summed.
   template <int STEPS>
-  SPARSE_ATTN_DEVICE void raise(const Scores<STEPS>& scores, float scale_log2, float (&correction)[2]) {
-    float now[2] = {highest[0], highest[1]};
+  SPARSE_ATTN_DEVICE bool raise(const Scores<STEPS>& scores, float scale_log2, float (&correction)[2]) {
+    float now[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
@@ -136,15 +124,26 @@ struct RowState {
         }
       }
     }
+    bool exceeds = false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      now[row] *= scale_log2;
+      exceeds = exceeds || now[row] > highest[row] + MOST_EXCESS;
+    }
+    if (!ballot(exceeds)) {
+      return false;
+    }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       now[row] = fmaxf(now[row], from_neighbour(now[row], 1));
       now[row] = fmaxf(now[row], from_neighbour(now[row], 2));
-      shift[row] = now[row] == -INFINITY ? 0.0f : now[row] * scale_log2;
-      correction[row] = exp2_of(highest[row] * scale_log2 - shift[row]);
+      now[row] = fmaxf(now[row], highest[row]);
+      shift[row] = now[row] == -INFINITY ? 0.0f : now[row];
+      correction[row] = exp2_of(highest[row] - shift[row]);
       highest[row] = now[row];
       sum[row] *= correction[row];
     }
+    return true;
   }
 
   // Adds the exponentials of scores to the sums, and returns them as probabilities if KEPT.
@@ -190,13 +189,13 @@ class Rounder {
   // A float32 with these bits (1.5 * 2 ** 23) counts in units.
   static constexpr uint32_t FIRST_NUMBER = 0x4b400000u;
 
-  float factor, below_count, offset[2];
-  uint32_t low[2], high[2];  // EightLevels: the lower and the upper bytes of all levels
+  const AttentionCall& call;
+  float factor, offset[2];
   uint32_t table;            // Table: where the level would lie whose number has the bits 0
 
   // The number of a level, plus FIRST_NUMBER.
   SPARSE_ATTN_DEVICE uint32_t number(float score, float row_offset) const {
-    return multiply_add_down(multiply_add_clamped(score, factor, row_offset), below_count, 12582912.0f);
+    return multiply_add_down(multiply_add_clamped(score, factor, row_offset), call.below_level_count, 12582912.0f);
   }
 
   SPARSE_ATTN_DEVICE uint32_t level(uint32_t number) const {
@@ -204,18 +203,10 @@ class Rounder {
   }
 
  public:
-  SPARSE_ATTN_DEVICE Rounder(const AttentionCall& call, uint32_t shared, const RowState& state) {
+  SPARSE_ATTN_DEVICE Rounder(const AttentionCall& call, uint32_t shared, const RowState& state) : call(call) {
     factor = call.scale_log2 * call.level_rate;
-    below_count = call.below_level_count;
     offset[0] = 1.0f - state.lse2(0) * call.level_rate;
     offset[1] = 1.0f - state.lse2(1) * call.level_rate;
-    if constexpr (ROUNDING == Rounding::EightLevels) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        low[half] = choose_bytes(call.levels[2 * half], call.levels[2 * half + 1], 0x6420);
-        high[half] = choose_bytes(call.levels[2 * half], call.levels[2 * half + 1], 0x7531);
-      }
-    }
     table = shared + call.memory.table - 2 * FIRST_NUMBER;
   }
 
@@ -233,7 +224,8 @@ class Rounder {
         if constexpr (ROUNDING == Rounding::EightLevels) {
           // The numbers are digits that choose bytes.
           const uint32_t choice = first + (second << 4) + (third << 8) + (fourth << 12);
-          const uint32_t lows = choose_bytes(low[0], low[1], choice), highs = choose_bytes(high[0], high[1], choice);
+          const uint32_t lows = choose_bytes(call.low_bytes[0], call.low_bytes[1], choice);
+          const uint32_t highs = choose_bytes(call.high_bytes[0], call.high_bytes[1], choice);
           upper = choose_bytes(lows, highs, 0x5140);
           lower = choose_bytes(lows, highs, 0x7362);
         } else {

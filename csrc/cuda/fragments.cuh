@@ -17,6 +17,13 @@ enum class Element { Float16, BFloat16 };
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
+// Steps of a list whose scores fit the registers, as each compiler back end allots these.
+#if __CUDA_ARCH__ == 900
+constexpr int MOST_HELD_STEPS = 4;
+#else
+constexpr int MOST_HELD_STEPS = 3;
+#endif
+
 SPARSE_ATTN_DEVICE int thread_number() {
   return static_cast<int>(threadIdx.x);
 }
@@ -29,13 +36,17 @@ SPARSE_ATTN_DEVICE int block_number() {
   return static_cast<int>(blockIdx.x);
 }
 
+SPARSE_ATTN_DEVICE int block_count() {
+  return static_cast<int>(gridDim.x);
+}
+
 // The first byte of the block's shared memory. Shared memory is addressed by 32-bit numbers throughout.
 SPARSE_ATTN_DEVICE uint32_t shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
   return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
 }
 
-// All warps of a block meet here, whichever call of it they have come to.
+// All warps of a block meet here.
 SPARSE_ATTN_DEVICE void block_barrier() {
   asm volatile("bar.sync 0;" ::: "memory");
 }
@@ -47,7 +58,8 @@ SPARSE_ATTN_DEVICE int computed_here(int number) {
   return number;
 }
 
-// 16 bytes from global to shared memory, or zeros that are read from nowhere; complete after `await_copies`.
+// 16 bytes from global to shared memory, or zeros that are read from nowhere. Complete after `await_copies`, or for
+// others by `arrive_when_copied`.
 SPARSE_ATTN_DEVICE void copy_async(uint32_t to, const void* from, bool zeros) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(zeros ? 0 : 16)
                : "memory");
@@ -68,6 +80,57 @@ SPARSE_ATTN_DEVICE void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// Barriers are 8 bytes of shared memory that count arrivals. Each time the expected number of them has come, one phase
+// ends and the next begins; phases are even and odd in turn, the first one is even.
+SPARSE_ATTN_DEVICE void start_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// What the thread wrote before is seen by threads that have seen the phase's end.
+SPARSE_ATTN_DEVICE void arrive(uint32_t barrier) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(barrier) : "memory");
+}
+
+// An arrival that happens when all copies that this thread has begun are complete.
+SPARSE_ATTN_DEVICE void arrive_when_copied(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Whether the current phase of a barrier is not the `odd` (or even) one any more.
+SPARSE_ATTN_DEVICE bool has_passed(uint32_t barrier, bool odd) {
+  uint32_t passed;
+  asm volatile(
+      "{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      : "=r"(passed)
+      : "r"(barrier), "r"(static_cast<uint32_t>(odd))
+      : "memory");
+  return passed;
+}
+
+// The same, after a wait that keeps the processor free for others.
+SPARSE_ATTN_DEVICE bool await_a_while(uint32_t barrier, bool odd) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t passed;
+  asm volatile(
+      "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      : "=r"(passed)
+      : "r"(barrier), "r"(static_cast<uint32_t>(odd))
+      : "memory");
+  return passed;
+#else
+  const bool passed = has_passed(barrier, odd);
+  if (!passed) {
+    __nanosleep(50);
+  }
+  return passed;
+#endif
+}
+
+// Lanes of a warp see what its other lanes have written before.
+SPARSE_ATTN_DEVICE void warp_barrier() {
+  __syncwarp();
+}
+
 SPARSE_ATTN_DEVICE void store_shared(uint32_t to, uint32_t word) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
@@ -76,6 +139,22 @@ SPARSE_ATTN_DEVICE uint32_t load_shared(uint32_t from) {
   uint32_t word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(from));
   return word;
+}
+
+SPARSE_ATTN_DEVICE void load_shared_words(uint32_t (&word)[4], uint32_t from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(from));
+}
+
+SPARSE_ATTN_DEVICE void store_shared_pointer(uint32_t to, const void* pointer) {
+  asm volatile("st.shared.u64 [%0], %1;" ::"r"(to), "l"(pointer) : "memory");
+}
+
+SPARSE_ATTN_DEVICE void* load_shared_pointer(uint32_t from) {
+  void* pointer;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(pointer) : "r"(from));
+  return pointer;
 }
 
 SPARSE_ATTN_DEVICE uint32_t load_shared_half(uint32_t from) {
@@ -90,6 +169,16 @@ SPARSE_ATTN_DEVICE uint32_t add_shared(uint32_t to, uint32_t word) {
   return before;
 }
 
+// Writes a word in place of `known`, if that is what is there; says whether it was.
+SPARSE_ATTN_DEVICE bool replace_shared(uint32_t to, uint32_t known, uint32_t word) {
+  uint32_t before;
+  asm volatile("atom.shared.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(before)
+               : "r"(to), "r"(known), "r"(word)
+               : "memory");
+  return before == known;
+}
+
 // 4 bytes from global memory that no kernel writes meanwhile, or zeros.
 SPARSE_ATTN_DEVICE uint32_t load_word(const void* from, bool exists) {
   uint32_t word = 0;
@@ -97,6 +186,13 @@ SPARSE_ATTN_DEVICE uint32_t load_word(const void* from, bool exists) {
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(from));
   }
   return word;
+}
+
+// 16 bytes of the same.
+SPARSE_ATTN_DEVICE void load_words(uint32_t (&word)[4], const void* from) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "l"(from));
 }
 
 SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {
@@ -118,6 +214,23 @@ SPARSE_ATTN_DEVICE void load_matrices_transposed(uint32_t (&word)[4], uint32_t r
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                : "r"(row));
+}
+
+SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane);
+
+// The opposite of load_matrices.
+SPARSE_ATTN_DEVICE void store_matrices(uint32_t row, const uint32_t (&word)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(word[0]),
+               "r"(word[1]), "r"(word[2]), "r"(word[3])
+               : "memory");
+#else
+  const int lane = thread_number() % 32;
+#pragma unroll
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    store_shared(from_lane(row, 8 * matrix + lane / 4) + 4 * (lane % 4), word[matrix]);
+  }
+#endif
 }
 
 // sum + left [16][16] . right [16][8] -> sum
@@ -195,7 +308,8 @@ SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane) {
 }
 
 // The same number in all lanes, which the compiler then knows.
-SPARSE_ATTN_DEVICE int uniform(int number) {
+template <class T>
+SPARSE_ATTN_DEVICE T uniform(T number) {
   return __shfl_sync(ALL_LANES, number, 0);
 }
 

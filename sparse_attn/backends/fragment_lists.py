@@ -15,16 +15,19 @@ STEP_KEYS = 32  # keys that a warp takes at a time
 TILE_KEYS = 8  # keys whose rows are read from shared memory together, 16 bytes of each
 MAX_LENGTH = 512
 MAX_GROUPS = MAX_LENGTH // GROUP_ROWS
+MAX_ORDERED_HEADS = 64
 NO_GROUP = 255
 _BANK_CLASSES = 8  # rows of 16 bytes that shared memory delivers together
 _PASSES = 3
+_COPIES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class FragmentLists:
     """Lists of 16 queries each, cut into steps of 32 keys.
 
-    A key's row lies in shared memory in pieces of 16 bytes: piece p at place p ^ swizzles[head, key] of the row.
+    A key's row lies in shared memory in pieces of 16 bytes: piece p at place p ^ s of the row, where the key's swizzle s
+    is the place of its first piece.
 
     Attributes:
         words: int32 [steps, 32]. The upper 16 bits say where the first piece of the lane's key lies, in bytes. The
@@ -34,19 +37,25 @@ class FragmentLists:
         first_steps: int32 [heads, groups], where lists start.
         counts: int32 [heads, groups, key_blocks + 1], keys of a list below 0, 32, 64, ...
         order: uint8 [heads, MAX_GROUPS], the groups of a head, the longest list first, then NO_GROUP.
-        swizzles: uint8 [heads, keys].
+        places: int16 [heads, padded keys], where the first piece of a key lies, in bytes, in the order in which a warp
+            copies keys, 512 bytes at a time: [blocks, 512 / row_bytes, 8] for key 512 / row_bytes * i + j of a block at
+            [j, i].
+        heaviest: the first MAX_ORDERED_HEADS heads by the length of their lists, the longest first.
         full: all rows of a group keep all keys of its list.
+        keys: how many the lists cover.
     """
 
     words: Tensor
     first_steps: Tensor
     counts: Tensor
     order: Tensor
-    swizzles: Tensor
+    places: Tensor
+    heaviest: tuple[int, ...]
     full: bool
+    keys: int
 
     def tensors(self) -> list[Tensor]:
-        return [self.words, self.first_steps, self.counts, self.order, self.swizzles]
+        return [self.words, self.first_steps, self.counts, self.order, self.places]
 
 
 def fragment_lists(layout: SparseLayout, row_bytes: int) -> FragmentLists:
@@ -64,15 +73,17 @@ def fragment_lists(layout: SparseLayout, row_bytes: int) -> FragmentLists:
     head_of_step = np.repeat(np.arange(len(stops)) // counts.shape[1], steps)
     classes = _bank_classes(keys, head_of_step, layout.heads, layout.key_len, row_bytes)
     keys, bits = _dealt(keys, bits, classes[head_of_step[:, None], keys])
-    swizzles = classes % (row_bytes // 16)
-    rows = keys * row_bytes + swizzles[head_of_step[:, None], keys] * 16
+    places = np.arange(layout.key_len) * row_bytes + classes % (row_bytes // 16) * 16
+    rows = places[head_of_step[:, None], keys]
     return FragmentLists(
         _on(layout.device, (rows << 16 | _fragment_bits(bits)).astype(np.uint32).view(np.int32)),
         _on(layout.device, (steps.cumsum() - steps).reshape(layout.heads, -1).astype(np.int32)),
         _on(layout.device, counts),
         _on(layout.device, _order(counts[:, :, -1])),
-        _on(layout.device, swizzles.astype(np.uint8)),
+        _on(layout.device, _in_copying_order(places, 512 // row_bytes)),
+        tuple((-steps.reshape(layout.heads, -1)[:MAX_ORDERED_HEADS].sum(1)).argsort(kind="stable").tolist()),
         lists.full,
+        layout.key_len,
     )
 
 
@@ -148,6 +159,12 @@ def _fragment_bits(bits: np.ndarray) -> np.ndarray:
             row = lane // 4 + 8 * (element // 2)
             words |= (bits[:, key] >> row & 1) << (4 * tile + element)
     return words
+
+
+def _in_copying_order(places: np.ndarray, rows_at_once: int) -> np.ndarray:
+    heads, keys = places.shape
+    padded = np.pad(places, ((0, 0), (0, -keys % (_COPIES_AT_ONCE * rows_at_once)))).astype(np.uint16).view(np.int16)
+    return padded.reshape(heads, -1, _COPIES_AT_ONCE, rows_at_once).swapaxes(2, 3).reshape(heads, -1)
 
 
 def _order(lengths: np.ndarray) -> np.ndarray:

@@ -16,13 +16,14 @@ HEAD_DIMS = (32, 64)
 _DTYPES = (torch.float16, torch.bfloat16)
 _OLDEST = (8, 0)  # compute capability
 _ALIGNMENT = 8  # elements: rows are read in pieces of 16 bytes
+_MAX_ROW_STRIDE = 2**22  # in bytes; 32-bit numbers address the rows of a head
 
 torch.library.define(
     "sparse_attn::native_attention_cuda",
     "(Tensor query, Tensor key, Tensor value, Tensor words, Tensor first_steps, Tensor counts, Tensor order, "
-    "Tensor swizzles, bool full, Tensor? query_lengths, Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, "
-    "int max_length, float scale, float[] levels, float step, bool causal, int warps, int parts, int stream, "
-    " Tensor(a!) output, Tensor(b!) lse) -> ()",
+    "Tensor places, bool full, int keys, int[] heaviest, Tensor? query_lengths, Tensor? key_lengths, "
+    "Tensor? key_padding, Tensor? cu_seqlens, int max_length, float scale, float[] levels, float step, bool causal, "
+    "int warps, int parts, int stream, Tensor(a!) output, Tensor(b!) lse) -> ()",
 )
 
 
@@ -59,6 +60,8 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
     for name, tensor in (("query", query), ("key", call.key), ("value", call.value)):
         if not _rows_are_aligned(tensor):
             reasons.append(f"rows of the {name} are not multiples of {2 * _ALIGNMENT} bytes apart")
+        if tensor.stride(0 if call.packed else 2) * tensor.itemsize >= _MAX_ROW_STRIDE:
+            reasons.append(f"rows of the {name} are {_MAX_ROW_STRIDE} bytes or more apart")
     if device.type == "cuda" and not reasons:
         reasons += _gpu_refusals(device, min(longest, MAX_LENGTH), query.shape[-1])
     return reasons
@@ -74,13 +77,14 @@ def _gpu_refusals(device: torch.device, length: int, head_dim: int) -> list[str]
     capability, limit = _gpu(device)
     if capability < _OLDEST:
         return [f"the GPU has compute capability {'.'.join(map(str, capability))}, the kernel needs 8.0"]
-    needed = 4 * head_dim * length + _EXTRA_SHARED_BYTES
+    needed = 4 * head_dim * length + _SCRATCH_BYTES * head_dim + _EXTRA_SHARED_BYTES
     if needed > limit:
         return [f"keys and values take {needed} bytes of shared memory, the GPU has {limit}"]
     return []
 
 
-_EXTRA_SHARED_BYTES = 2048  # at most, for what lies beside keys and values
+_SCRATCH_BYTES = 12 * 16 * 2  # for each dimension: a group of queries or outputs for each warp
+_EXTRA_SHARED_BYTES = 2048  # at most, for what else lies beside keys and values
 
 
 @torch.compiler.assume_constant_result
@@ -116,17 +120,17 @@ def configured_arguments(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """What `layout_arguments` returns, for a configuration."""
     lists = fragment_lists(layout, head_dim * dtype.itemsize)
-    return lists.tensors(), (int(lists.full), config.warps, config.parts)
+    return lists.tensors(), (int(lists.full), lists.keys, config.warps, config.parts, *lists.heaviest)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output = empty_output(call.query, call.packed)
     lse = call.query.new_empty(lse_shape(call.query, call.packed) if call.need_lse else (0,), dtype=torch.float32)
-    full, warps, parts = call.layout_sizes
+    full, keys, warps, parts, *heaviest = call.layout_sizes
     table = call.table
     torch.ops.sparse_attn.native_attention_cuda(
-        _aligned(call.query), _aligned(call.key), _aligned(call.value), *call.layout, bool(full), call.query_lengths,
-        call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.scale,
+        _aligned(call.query), _aligned(call.key), _aligned(call.value), *call.layout, bool(full), keys, heaviest,
+        call.query_lengths, call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.scale,
         list(table.levels) if table else [], table.step if table else 1.0, call.causal, warps, parts,
         torch.cuda.current_stream(call.query.device).cuda_stream, output, lse,
     )  # fmt: skip

@@ -10,12 +10,16 @@ namespace {
 
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
 void run(const Launch& launch, Kernel<ELEMENT, HEAD_DIM, ROUNDING>) {
-  for (int64_t block = 0; block < launch.blocks; ++block) {
-    emulator::run_block(static_cast<int>(block), static_cast<int>(launch.threads), launch.call.memory.bytes, [&] {
+  const auto blocks = static_cast<int>(launch.blocks), threads = static_cast<int>(launch.threads);
+  for (int block = 0; block < blocks; ++block) {
+    emulator::run_block(block, blocks, threads, launch.call.memory.bytes, [&] {
       attend_in_block<ELEMENT, HEAD_DIM, ROUNDING>(launch.call);
     });
   }
 }
+
+// A small GPU: blocks compute several heads, and those of long sequences do not fit beside each other.
+constexpr Limits LIMITS{2, 120 * 1024};
 
 void native_attention_cuda(
     const Tensor query,
@@ -25,8 +29,10 @@ void native_attention_cuda(
     const Tensor first_steps,
     const Tensor counts,
     const Tensor order,
-    const Tensor swizzles,
+    const Tensor places,
     bool full,
+    int64_t key_count,
+    const std::vector<int64_t> heaviest,
     const OptionalTensor query_lengths,
     const OptionalTensor key_lengths,
     const OptionalTensor key_padding,
@@ -42,6 +48,7 @@ void native_attention_cuda(
     const Tensor output,
     const Tensor lse) {
   const Launch launch = launch_of(
+      LIMITS,
       query,
       key,
       value,
@@ -49,8 +56,10 @@ void native_attention_cuda(
       first_steps,
       counts,
       order,
-      swizzles,
+      places,
       full,
+      key_count,
+      heaviest,
       query_lengths,
       key_lengths,
       key_padding,

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -22,6 +23,8 @@ using std::max;
 using std::min;
 
 enum class Element { Float16, BFloat16 };
+
+constexpr int MOST_HELD_STEPS = 4;
 
 namespace emulator {
 
@@ -45,6 +48,13 @@ struct Copy {
   const void* from;  // null: zeros
 };
 
+// Copies take place when the phase ends that waits for them, no sooner.
+struct Barrier {
+  int expected, missing;
+  bool odd = false;
+  std::vector<Copy> copies;
+};
+
 struct Thread {
   ucontext_t context;
   std::vector<unsigned char> stack = std::vector<unsigned char>(STACK_BYTES);
@@ -53,11 +63,14 @@ struct Thread {
 };
 
 struct Block {
-  int number, threads, current = 0, running, at_barrier = 0;
+  int number, count, threads, current = 0, running, at_barrier = 0;
   unsigned barrier_generation = 0;
   uint64_t progress = 0;  // changes whenever somebody has done what others may wait for
+  uint64_t polled_progress = 0;
+  int idle_polls = 0;
   std::vector<unsigned char> shared;
   std::vector<Warp> warps;
+  std::map<uint32_t, Barrier> barriers;
   std::vector<Thread> fibers;
   std::function<void()> body;
   std::string error;
@@ -86,7 +99,7 @@ void wait_until(const Reached& reached) {
   uint64_t seen = block->progress;
   for (int turns = 0; !reached(); ++turns) {
     if (!block->error.empty() || turns > 4) {
-      fail(block->error.empty() ? "threads wait for each other forever" : block->error);
+      block->error.empty() ? fail("threads wait for each other forever") : throw std::runtime_error(block->error);
     }
     switch_to_next();
     if (seen != block->progress) {
@@ -99,8 +112,10 @@ void wait_until(const Reached& reached) {
 inline void run_fiber() {
   try {
     block->body();
-    if (block->fibers[block->current].groups.size() > 1 && block->error.empty()) {
-      fail("a thread ends before its copies are complete");
+    for (const std::vector<Copy>& group : block->fibers[block->current].groups) {
+      if (!group.empty() && block->error.empty()) {
+        fail("a thread ends before its copies are complete");
+      }
     }
   } catch (const std::exception& error) {
     block->error = error.what();
@@ -111,8 +126,8 @@ inline void run_fiber() {
 }
 
 // Runs `body` as all threads of one block.
-inline void run_block(int number, int threads, int shared_bytes, const std::function<void()>& body) {
-  Block own{number, threads};
+inline void run_block(int number, int count, int threads, int shared_bytes, const std::function<void()>& body) {
+  Block own{number, count, threads};
   own.shared.assign(shared_bytes, 0xff);
   own.warps.resize((threads + 31) / 32);
   own.fibers.resize(threads);
@@ -137,6 +152,11 @@ inline unsigned char* shared_at(uint32_t address, uint32_t bytes) {
     fail("shared memory address " + std::to_string(address) + " is misaligned or outside of the block's");
   }
   return block->shared.data() + (address - SHARED_START);
+}
+
+inline void complete(const Copy& copy) {
+  unsigned char* to = shared_at(copy.to, 16);
+  copy.from ? std::memcpy(to, copy.from, 16) : std::memset(to, 0, 16);
 }
 
 template <class T>
@@ -212,6 +232,10 @@ SPARSE_ATTN_DEVICE int block_number() {
   return emulator::block->number;
 }
 
+SPARSE_ATTN_DEVICE int block_count() {
+  return emulator::block->count;
+}
+
 SPARSE_ATTN_DEVICE uint32_t shared_memory() {
   return emulator::SHARED_START;
 }
@@ -251,11 +275,60 @@ SPARSE_ATTN_DEVICE void await_copies() {
   auto& groups = emulator::block->fibers[emulator::block->current].groups;
   while (groups.size() > PENDING + 1) {
     for (const emulator::Copy& copy : groups.front()) {
-      unsigned char* to = emulator::shared_at(copy.to, 16);
-      copy.from ? std::memcpy(to, copy.from, 16) : std::memset(to, 0, 16);
+      emulator::complete(copy);
     }
     groups.erase(groups.begin());
   }
+}
+
+SPARSE_ATTN_DEVICE void start_barrier(uint32_t barrier, int arrivals) {
+  emulator::shared_at(barrier, 8);
+  emulator::block->barriers[barrier] = {arrivals, arrivals};
+}
+
+SPARSE_ATTN_DEVICE void arrive(uint32_t barrier) {
+  emulator::Barrier& own = emulator::block->barriers.at(barrier);
+  if (--own.missing == 0) {
+    for (const emulator::Copy& copy : own.copies) {
+      emulator::complete(copy);
+    }
+    own.copies.clear();
+    own.missing = own.expected;
+    own.odd = !own.odd;
+    ++emulator::block->progress;
+  }
+}
+
+SPARSE_ATTN_DEVICE void arrive_when_copied(uint32_t barrier) {
+  auto& copies = emulator::block->fibers[emulator::block->current].groups.back();
+  auto& waiting = emulator::block->barriers.at(barrier).copies;
+  waiting.insert(waiting.end(), copies.begin(), copies.end());
+  copies.clear();
+  arrive(barrier);
+}
+
+SPARSE_ATTN_DEVICE bool has_passed(uint32_t barrier, bool odd) {
+  return emulator::block->barriers.at(barrier).odd != odd;
+}
+
+SPARSE_ATTN_DEVICE bool await_a_while(uint32_t barrier, bool odd) {
+  emulator::Block& block = *emulator::block;
+  if (!has_passed(barrier, odd)) {
+    block.idle_polls = block.progress == block.polled_progress ? block.idle_polls + 1 : 0;
+    block.polled_progress = block.progress;
+    if (block.idle_polls > 8 * block.threads) {
+      emulator::fail("threads poll a barrier forever");
+    }
+    emulator::switch_to_next();
+  }
+  if (!block.error.empty()) {
+    throw std::runtime_error(block.error);
+  }
+  return has_passed(barrier, odd);
+}
+
+SPARSE_ATTN_DEVICE void warp_barrier() {
+  emulator::exchange("warp_barrier", 0);
 }
 
 SPARSE_ATTN_DEVICE void store_shared(uint32_t to, uint32_t word) {
@@ -264,6 +337,18 @@ SPARSE_ATTN_DEVICE void store_shared(uint32_t to, uint32_t word) {
 
 SPARSE_ATTN_DEVICE uint32_t load_shared(uint32_t from) {
   return emulator::load<uint32_t>(emulator::shared_at(from, 4));
+}
+
+SPARSE_ATTN_DEVICE void load_shared_words(uint32_t (&word)[4], uint32_t from) {
+  std::memcpy(word, emulator::shared_at(from, 16), 16);
+}
+
+SPARSE_ATTN_DEVICE void store_shared_pointer(uint32_t to, const void* pointer) {
+  std::memcpy(emulator::shared_at(to, 8), &pointer, 8);
+}
+
+SPARSE_ATTN_DEVICE void* load_shared_pointer(uint32_t from) {
+  return emulator::load<void*>(emulator::shared_at(from, 8));
 }
 
 SPARSE_ATTN_DEVICE uint32_t load_shared_half(uint32_t from) {
@@ -276,11 +361,27 @@ SPARSE_ATTN_DEVICE uint32_t add_shared(uint32_t to, uint32_t word) {
   return before;
 }
 
+SPARSE_ATTN_DEVICE bool replace_shared(uint32_t to, uint32_t known, uint32_t word) {
+  if (load_shared(to) != known) {
+    return false;
+  }
+  store_shared(to, word);
+  ++emulator::block->progress;
+  return true;
+}
+
 SPARSE_ATTN_DEVICE uint32_t load_word(const void* from, bool exists) {
   if (exists && reinterpret_cast<uintptr_t>(from) % 4) {
     emulator::fail("a load of 4 bytes is misaligned");
   }
   return exists ? emulator::load<uint32_t>(from) : 0;
+}
+
+SPARSE_ATTN_DEVICE void load_words(uint32_t (&word)[4], const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) {
+    emulator::fail("a load of 16 bytes is misaligned");
+  }
+  std::memcpy(word, from, 16);
 }
 
 SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {
@@ -308,6 +409,14 @@ SPARSE_ATTN_DEVICE void load_matrices_transposed(uint32_t (&word)[4], uint32_t r
       const auto* from = emulator::shared_at(rows.of[8 * matrix + 2 * (lane % 4) + half], 16);
       word[matrix] |= static_cast<uint32_t>(emulator::load<uint16_t>(from + 2 * (lane / 4))) << (16 * half);
     }
+  }
+}
+
+SPARSE_ATTN_DEVICE void store_matrices(uint32_t row, const uint32_t (&word)[4]) {
+  const auto rows = emulator::exchange("store_matrices", row);
+  const int lane = emulator::lane();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    std::memcpy(emulator::shared_at(rows.of[8 * matrix + lane / 4], 16) + 4 * (lane % 4), &word[matrix], 4);
   }
 }
 
@@ -396,7 +505,8 @@ SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane) {
   return emulator::exchange("from_lane", word).of[lane % 32];
 }
 
-SPARSE_ATTN_DEVICE int uniform(int number) {
+template <class T>
+SPARSE_ATTN_DEVICE T uniform(T number) {
   return emulator::exchange("uniform", number).of[0];
 }
 
