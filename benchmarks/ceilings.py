@@ -33,7 +33,9 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 
     A kernel copies, changing signs: a GPU's copy engine, which `copy_` in a graph may use, has less bandwidth.
     """
     generator, side = torch.Generator(device).manual_seed(0), _MATRIX_SIDE[device.type]
-    source = torch.empty(_COPIED_BYTES[device.type] // 4, dtype=torch.float32, device=device).normal_(generator=generator)
+    source = torch.empty(_COPIED_BYTES[device.type] // 4, dtype=torch.float32, device=device).normal_(
+        generator=generator
+    )
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)

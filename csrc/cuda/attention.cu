@@ -40,8 +40,7 @@ void start(const Launch& launch, const Limits& limits, Kernel<ELEMENT, HEAD_DIM,
   const auto kernel = attention_kernel<ELEMENT, HEAD_DIM, ROUNDING>;
   // The same for every call: others may be started by other threads, or captured in the same graph.
   check(
-      cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_bytes)),
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_bytes)),
       "reserving shared memory for a block");
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   const auto blocks = static_cast<unsigned>(launch.blocks), threads = static_cast<unsigned>(launch.threads);

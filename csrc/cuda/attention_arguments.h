@@ -161,7 +161,8 @@ inline Launch launch_of(
       0 < warps && launch.threads <= MAX_THREADS && 0 < parts, "a block has 1 to ", MAX_THREADS, " threads");
 
   STD_TORCH_CHECK(
-      static_cast<int64_t>(heaviest.size()) == std::min<int64_t>(heads, MAX_ORDERED_HEADS), "the layout is for other heads");
+      static_cast<int64_t>(heaviest.size()) == std::min<int64_t>(heads, MAX_ORDERED_HEADS),
+      "the layout is for other heads");
   std::copy(heaviest.begin(), heaviest.end(), call.heaviest);
 
   // A few heads are cut so that all multiprocessors have some of their groups.
@@ -176,8 +177,11 @@ inline Launch launch_of(
   const int64_t rounds = launch.blocks > 0 ? (call.items + launch.blocks - 1) / launch.blocks : 1;
   call.memory = shared_memory_of(launch.head_dim, call.key_len, level_count, warps, limits.shared_bytes, rounds);
   STD_TORCH_CHECK(
-      call.memory.bytes <= limits.shared_bytes, "keys and values take ", call.memory.bytes,
-      " bytes of shared memory, the GPU has ", limits.shared_bytes);
+      call.memory.bytes <= limits.shared_bytes,
+      "keys and values take ",
+      call.memory.bytes,
+      " bytes of shared memory, the GPU has ",
+      limits.shared_bytes);
   return launch;
 }
 

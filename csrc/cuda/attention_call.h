@@ -48,8 +48,16 @@ struct SharedMemory {
 // What all warps know of a slot: a word each. A register that does not hold one of them holds a score.
 // Pointers to the first query, output and lse of the head have two words.
 enum Fact {
-  QUERIES, OUTPUTS = QUERIES + 2, LSES = OUTPUTS + 2, GROUPS = LSES + 2, GROUPS_TAKEN, SEQUENCE, ROWS_END, ROWS_STORED,
-  KEYS_END, FACTS
+  QUERIES,
+  OUTPUTS = QUERIES + 2,
+  LSES = OUTPUTS + 2,
+  GROUPS = LSES + 2,
+  GROUPS_TAKEN,
+  SEQUENCE,
+  ROWS_END,
+  ROWS_STORED,
+  KEYS_END,
+  FACTS
 };
 
 // Passed when the keys and facts of a slot, or its values, have arrived; when all warps have left it.
@@ -83,7 +91,7 @@ struct AttentionCall {
   Rows query, key, value, output;
   FragmentLists lists;
   int32_t batch, heads, query_len, key_len;  // lengths: the longest of a packed batch
-  const int32_t* query_lengths;       // these four may be null
+  const int32_t* query_lengths;              // these four may be null
   const int32_t* key_lengths;
   const uint8_t* key_padding;
   const int32_t* cu_seqlens;
@@ -97,9 +105,9 @@ struct AttentionCall {
   int32_t parts;  // items that share the groups of a head of a sequence
   int32_t items;  // parts of heads of sequences; a block takes one after the other
   SharedMemory memory;
-  uint8_t heaviest[MAX_ORDERED_HEADS];  // heads, those with most work first; the others follow by number
-  uint32_t levels[MAX_LEVELS / 2];          // pairs of elements
-  uint32_t low_bytes[2], high_bytes[2];     // of the first eight levels
+  uint8_t heaviest[MAX_ORDERED_HEADS];   // heads, those with most work first; the others follow by number
+  uint32_t levels[MAX_LEVELS / 2];       // pairs of elements
+  uint32_t low_bytes[2], high_bytes[2];  // of the first eight levels
 };
 
 }  // namespace sparse_attn

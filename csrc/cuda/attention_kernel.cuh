@@ -1,7 +1,7 @@
-// Attention over a global mask for sequences whose keys and values fit into shared memory, which holds those of one head
-// or more at a time (see attention_ring.cuh). A warp takes 16 queries at a time and walks their list, a key a lane:
-// ldmatrix, which wants a row's address from each lane, gathers rows at no cost but that of bank conflicts. Include
-// fragments.cuh (or the emulator's) before.
+// Attention over a global mask for sequences whose keys and values fit into shared memory, which holds those of one
+// head or more at a time (see attention_ring.cuh). A warp takes 16 queries at a time and walks their list, a key a
+// lane: ldmatrix, which wants a row's address from each lane, gathers rows at no cost but that of bank conflicts.
+// Include fragments.cuh (or the emulator's) before.
 #pragma once
 
 #include "attention_ring.cuh"
@@ -10,8 +10,8 @@ namespace sparse_attn {
 
 constexpr int SEGMENT_STEPS = 2;  // long lists are taken 64 keys at a time
 
-// A warp's own part of shared memory: 16 rows of queries on their way in, and then of output on its way out. Pieces of 16
-// bytes are permuted so that 8 of them that are written or read together lie in different banks.
+// A warp's own part of shared memory: 16 rows of queries on their way in, and then of output on its way out. Pieces of
+// 16 bytes are permuted so that 8 of them that are written or read together lie in different banks.
 template <int ROW_BYTES>
 class WarpScratch {
   static constexpr unsigned CHUNKS = ROW_BYTES / 16;
@@ -75,8 +75,7 @@ class Warp {
   Seat seat;  // of the group that is computed
 
  public:
-  SPARSE_ATTN_DEVICE explicit Warp(const AttentionCall& call)
-      : call(call), lane(thread_number() % 32), ring(call) {
+  SPARSE_ATTN_DEVICE explicit Warp(const AttentionCall& call) : call(call), lane(thread_number() % 32), ring(call) {
   }
 
   SPARSE_ATTN_DEVICE void run() {

@@ -11,8 +11,8 @@ namespace sparse_attn {
 constexpr int JOBS_OF_A_HALF = 4, JOBS = 1 + 2 * JOBS_OF_A_HALF;
 constexpr int COPIES_AT_ONCE = 8;
 
-// Where an item lies: a head of a sequence, the ends of its real rows and keys, and the end of the rows that are stored.
-// `part` is its share of the groups.
+// Where an item lies: a head of a sequence, the ends of its real rows and keys, and the end of the rows that are
+// stored. `part` is its share of the groups.
 struct Place {
   int sequence, first_token, head, part, rows_end, rows_stored, keys_end;
 };
@@ -70,7 +70,6 @@ class Ring {
 
  public:
   Seat seat;
-
 
   SPARSE_ATTN_DEVICE explicit Ring(const AttentionCall& call) : call(call), seat{call.memory.slots - 1, true} {
   }
@@ -321,7 +320,12 @@ class Ring {
 
   // A lane's rows of a block, from key `key` on. Keys that are padding may hold anything: zeros take their place.
   SPARSE_ATTN_DEVICE void copy_shown_rows(
-      const Rows& rows, const Place& place, int key, const char* from, const uint16_t* places, uint32_t to,
+      const Rows& rows,
+      const Place& place,
+      int key,
+      const char* from,
+      const uint16_t* places,
+      uint32_t to,
       uint32_t chunk) const {
     const uint8_t* shown = call.key_padding + static_cast<int64_t>(place.sequence) * call.key_len;
 #pragma unroll 1

@@ -191,7 +191,7 @@ class Rounder {
 
   const AttentionCall& call;
   float factor, offset[2];
-  uint32_t table;            // Table: where the level would lie whose number has the bits 0
+  uint32_t table;  // Table: where the level would lie whose number has the bits 0
 
   // The number of a level, plus FIRST_NUMBER.
   SPARSE_ATTN_DEVICE uint32_t number(float score, float row_offset) const {

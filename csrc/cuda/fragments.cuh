@@ -99,11 +99,10 @@ SPARSE_ATTN_DEVICE void arrive_when_copied(uint32_t barrier) {
 // Whether the current phase of a barrier is not the `odd` (or even) one any more.
 SPARSE_ATTN_DEVICE bool has_passed(uint32_t barrier, bool odd) {
   uint32_t passed;
-  asm volatile(
-      "{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-      : "=r"(passed)
-      : "r"(barrier), "r"(static_cast<uint32_t>(odd))
-      : "memory");
+  asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(passed)
+               : "r"(barrier), "r"(static_cast<uint32_t>(odd))
+               : "memory");
   return passed;
 }
 
@@ -111,11 +110,10 @@ SPARSE_ATTN_DEVICE bool has_passed(uint32_t barrier, bool odd) {
 SPARSE_ATTN_DEVICE bool await_a_while(uint32_t barrier, bool odd) {
 #if __CUDA_ARCH__ >= 900
   uint32_t passed;
-  asm volatile(
-      "{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-      : "=r"(passed)
-      : "r"(barrier), "r"(static_cast<uint32_t>(odd))
-      : "memory");
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+               : "=r"(passed)
+               : "r"(barrier), "r"(static_cast<uint32_t>(odd))
+               : "memory");
   return passed;
 #else
   const bool passed = has_passed(barrier, odd);
@@ -172,10 +170,7 @@ SPARSE_ATTN_DEVICE uint32_t add_shared(uint32_t to, uint32_t word) {
 // Writes a word in place of `known`, if that is what is there; says whether it was.
 SPARSE_ATTN_DEVICE bool replace_shared(uint32_t to, uint32_t known, uint32_t word) {
   uint32_t before;
-  asm volatile("atom.shared.cas.b32 %0, [%1], %2, %3;"
-               : "=r"(before)
-               : "r"(to), "r"(known), "r"(word)
-               : "memory");
+  asm volatile("atom.shared.cas.b32 %0, [%1], %2, %3;" : "=r"(before) : "r"(to), "r"(known), "r"(word) : "memory");
   return before == known;
 }
 
@@ -221,8 +216,11 @@ SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane);
 // The opposite of load_matrices.
 SPARSE_ATTN_DEVICE void store_matrices(uint32_t row, const uint32_t (&word)[4]) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(word[0]),
-               "r"(word[1]), "r"(word[2]), "r"(word[3])
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(word[0]),
+               "r"(word[1]),
+               "r"(word[2]),
+               "r"(word[3])
                : "memory");
 #else
   const int lane = thread_number() % 32;

@@ -26,8 +26,8 @@ _COPIES_AT_ONCE = 8
 class FragmentLists:
     """Lists of 16 queries each, cut into steps of 32 keys.
 
-    A key's row lies in shared memory in pieces of 16 bytes: piece p at place p ^ s of the row, where the key's swizzle s
-    is the place of its first piece.
+    A key's row lies in shared memory in pieces of 16 bytes: piece p at place p ^ s of the row, where s, its swizzle, is
+    the place of the first piece.
 
     Attributes:
         words: int32 [steps, 32]. The upper 16 bits say where the first piece of the lane's key lies, in bytes. The
