@@ -349,8 +349,10 @@ class Ring {
       set(slot, SEQUENCE, place.sequence);
       set_pointer(slot, QUERIES, first_row_of(call.query, place));
       set_pointer(slot, OUTPUTS, first_row_of(call.output, place));
-      set_pointer(
-          slot, LSES, call.lse + place.sequence * call.lse_batch + place.head * call.lse_head + place.first_token);
+      if (call.lse) {
+        set_pointer(
+            slot, LSES, call.lse + place.sequence * call.lse_batch + place.head * call.lse_head + place.first_token);
+      }
       set(slot, ROWS_END, place.rows_end);
       set(slot, ROWS_STORED, place.rows_stored);
       set(slot, KEYS_END, place.keys_end);
