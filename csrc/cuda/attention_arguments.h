@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -84,7 +85,7 @@ inline Launch launch_of(
     const Tensor& places,
     bool full,
     int64_t key_count,
-    const std::vector<int64_t> heaviest,
+    const std::vector<int64_t>& heaviest,
     const OptionalTensor& query_lengths,
     const OptionalTensor& key_lengths,
     const OptionalTensor& key_padding,

@@ -54,7 +54,7 @@ class WarpScratch {
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
 class Warp {
   static constexpr int ROW_BYTES = 2 * HEAD_DIM;
-  static constexpr int BLOCKS = ROW_BYTES / 64;  // four neighbours have 16 bytes each
+  static constexpr int BLOCKS = HEAD_DIM / 32;  // of the output's columns, which are stored 32 at a time
   static constexpr bool ROUNDED = ROUNDING != Rounding::None;
   // Lists of so many steps have all their scores in registers, as many as these have room for. Longer lists cost more
   // where they are rounded.
@@ -89,10 +89,8 @@ class Warp {
     next.exists = false;
     while (true) {
       const Task task = next;
-      if (!task.exists) {
-        if (!ring.advance()) {
-          return;
-        }
+      if (!task.exists && !ring.advance()) {
+        return;
       }
       seat = ring.seat;
       look_ahead(next);
@@ -215,9 +213,7 @@ class Warp {
         [[fallthrough]];
       case 4:
         if constexpr (HELD_STEPS >= 4) {
-          if (task.group.steps() == 4) {
-            return attend_held<4>(task, state, output);
-          }
+          return attend_held<4>(task, state, output);
         }
         [[fallthrough]];
       default:

@@ -174,16 +174,7 @@ SPARSE_ATTN_DEVICE bool replace_shared(uint32_t to, uint32_t known, uint32_t wor
   return before == known;
 }
 
-// 4 bytes from global memory that no kernel writes meanwhile, or zeros.
-SPARSE_ATTN_DEVICE uint32_t load_word(const void* from, bool exists) {
-  uint32_t word = 0;
-  if (exists) {
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(from));
-  }
-  return word;
-}
-
-// 16 bytes of the same.
+// 16 bytes from global memory that no kernel writes meanwhile.
 SPARSE_ATTN_DEVICE void load_words(uint32_t (&word)[4], const void* from) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])

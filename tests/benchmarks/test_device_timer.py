@@ -64,6 +64,14 @@ def test_a_call_is_warmed_up_captured_and_replayed(straw):
     assert straw.replays == 1 + LEAST_REPETITIONS and straw.sync_mode == "default"
 
 
+def test_a_graph_keeps_the_tensors_of_its_call(straw):
+    def call():
+        pass
+
+    (timed,) = timed_on(straw, call)
+    assert timed.launch is not call and timed.captured is call
+
+
 def test_a_call_that_waits_for_the_device_is_launched_instead(straw):
     calls = []
 
