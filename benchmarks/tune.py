@@ -2,7 +2,8 @@
 
 For each problem, the most important ones first, it compiles candidate configurations in parallel, drops those that fail
 or compute something else, times the others and writes the fastest into kernels/tuning/<gpu>.json, where the package
-finds it. The file is complete after every problem.
+finds it. The file is complete after every problem. A candidate that breaks the GPU for this process is noted there, and
+never tried again; a new process tunes the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,9 +27,11 @@ from .options import OneLineParser, at_least, file_to_write, names, positive
 from .tuning.problems import PROBLEMS, TuningProblem
 
 if TYPE_CHECKING:
-    from .tuning.sweep import Tuned
+    from .tuning.sweep import DeviceBroken, Tuned
+    from .tuning.table import TableFile
 
 _START_SECONDS = 120.0
+_LEAST_SECONDS = 30.0  # to begin again: importing takes most of that
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -75,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
         device, problems = _gpu(), chosen_problems(options.problems)
     except ValueError as error:
         return _fail(error, status=2)
-    from .tuning.table import TableFile, line, print_outcomes  # these import Triton
+    from .tuning.sweep import DeviceBroken  # these import Triton
+    from .tuning.table import TableFile, line, print_outcomes
 
     name = torch.cuda.get_device_name(device)
     path = options.output or TABLES / table_name(name)
@@ -83,23 +88,50 @@ def main(arguments: list[str] | None = None) -> int:
         table = TableFile(path, name, architecture_of(device))
     except (ValueError, OSError) as error:
         return _fail(error, status=2)
-    outcomes, status = [], 0
+    outcomes, status, broken = [], 0, None
     try:
-        for tuned in _tuned(device, problems, options.processes, end):
+        for tuned in _tuned(device, problems, options.processes, end, table):
             outcomes.append(tuned)
             if tuned.found is not None:
                 table.add(tuned)
             _say(f"{len(outcomes)} of {len(problems)}, {end - time.monotonic():.0f} s left. {line(tuned)}")
-    except RuntimeError as error:  # the GPU or all compiling processes are lost; what was found is written
+    except DeviceBroken as error:
+        status, broken = _fail(error, status=1), error
+    except RuntimeError as error:  # all compiling processes are lost; what was found is written
         status = _fail(error, status=1)
     print_outcomes(outcomes)
+    if broken is not None:
+        done = {tuned.tuned for tuned in outcomes}
+        _begin_again(broken, [one for one in problems if one not in done], table, path, options.processes, end)
     if len(outcomes) < len(problems):
         print(f"not tuned: {len(problems) - len(outcomes)} of {len(problems)} problems, for want of time")
     print(f"{path}: entries written: {sum(tuned.found is not None for tuned in outcomes)}")
     return status or int(not outcomes or any(tuned.found is None for tuned in outcomes))
 
 
-def _tuned(device: torch.device, problems: list[TuningProblem], processes: int, end: float) -> Iterator[Tuned]:
+def _begin_again(
+    broken: DeviceBroken, left: list[TuningProblem], table: TableFile, path: Path, processes: int, end: float
+) -> None:
+    """Tunes what is left in a process that can use the GPU, which takes the place of this one. Returns where there is
+    nothing left, or no time."""
+    if broken.problem is not None and broken.config is not None:
+        table.add_broken(broken.problem, broken.config, str(broken))
+    else:
+        left = [problem for problem in left if problem != broken.tuned]
+    seconds = end - time.monotonic()
+    if not left or seconds < _LEAST_SECONDS:
+        return
+    _say(f"beginning again in a new process, {len(left)} problems left")
+    names = ",".join(problem.name for problem in left)
+    options = {"--minutes": f"{seconds / 60:.3f}", "--problems": names, "--output": path, "--processes": processes}
+    words = [str(word) for option in options.items() for word in option]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *words])
+
+
+def _tuned(
+    device: torch.device, problems: list[TuningProblem], processes: int, end: float, table: TableFile
+) -> Iterator[Tuned]:
     from .tuning.bench import Bench, Layouts
     from .tuning.compiling import CompilePool
     from .tuning.sweep import Sweep, device_measure
@@ -110,8 +142,9 @@ def _tuned(device: torch.device, problems: list[TuningProblem], processes: int, 
         layouts.of(problems[0])  # meanwhile, the processes start
         compiler.wait_until_started(_START_SECONDS)
         sweep = Sweep(
-            lambda problem: Bench(problem, device, layouts.of(problem)), compiler, device_measure(device), shared_limit
-        )
+            lambda problem: Bench(problem, device, layouts.of(problem)), compiler, device_measure(device), shared_limit,
+            broke=table.broke,
+        )  # fmt: skip
         gc.freeze()  # making a CUDA graph may collect garbage: not among all that is imported, a thousand times
         try:
             yield from sweep.run(problems, end - time.monotonic())

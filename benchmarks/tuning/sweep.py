@@ -27,7 +27,18 @@ Measure = Callable[[Sequence[Call], float], list[float]]  # medians in milliseco
 
 
 class DeviceBroken(RuntimeError):
-    """A launch after which the GPU computes nothing any more for this process."""
+    """A launch after which the GPU computes nothing any more for this process.
+
+    Attributes:
+        tuned: the problem that was being tuned.
+        problem: its key in a table, or None where its tensors could not be made.
+        config: the candidate that ran last, or None where that is not known.
+    """
+
+    def __init__(self, reason: str, tuned: TuningProblem, problem: Problem | None, config: KernelConfig | None):
+        which = "its default configuration or several candidates" if config is None else config
+        super().__init__(f"{tuned.name} with {which}: {reason}")
+        self.tuned, self.problem, self.config = tuned, problem, config
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class Sweep:
         measure: times calls.
         shared_limit: bytes of shared memory that one block can have.
         first: candidates of every search's first round, instead of a grid or a similar problem's best.
+        broke: whether a candidate is known to break the GPU for the process that runs it.
     """
 
     def __init__(
@@ -95,9 +107,10 @@ class Sweep:
         shared_limit: int,
         first: Sequence[KernelConfig] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        broke: Callable[[Problem, KernelConfig], bool] = lambda problem, config: False,
     ):
         self._make_bench, self._compiler, self._measure = make_bench, compiler, measure
-        self._shared_limit, self._first, self._clock = shared_limit, first, clock
+        self._shared_limit, self._first, self._clock, self._broke = shared_limit, first, clock, broke
         self._best: dict[str, list[KernelConfig]] = {}  # of finished problems
 
     def run(self, problems: Sequence[TuningProblem], seconds: float) -> Iterator[Tuned]:
@@ -137,13 +150,15 @@ class Sweep:
                 bench = self._make_bench(problem)
                 running.append(_Open(bench, self._search(bench), finish_by))
             except Exception as error:  # too little memory, for example: the next problem may be smaller
-                _raise_if_broken(problem, None, error)
+                _raise_if_broken(problem, None, None, error)
                 yield Tuned(problem, reason=reason_of(error))
 
     def _search(self, bench: Bench) -> Search:
         facts = cache(bench.facts)
 
         def refused(config: KernelConfig) -> str | None:
+            if self._broke(bench.problem, config):
+                return "broke the GPU before"
             return refusal(config, bench.problem, facts(config.rows), self._shared_limit)
 
         if self._first is not None:
@@ -180,7 +195,7 @@ class Sweep:
             bench.compare()
             search.record(config, milliseconds)
         except Exception as error:  # of the compiler, the driver or a comparison: the next candidate may do better
-            _raise_if_broken(bench.tuned, config, error)
+            _raise_if_broken(bench.tuned, bench.problem, config, error)
             reason = reason or (f"wrong: {error}" if isinstance(error, WrongResult) else reason_of(error))
             if config is not None:
                 search.fail(config, reason)
@@ -199,7 +214,7 @@ class Sweep:
         try:
             times = self._measure([one.bench.caller(config) for config in finalists], FINAL_SECONDS)
         except Exception as error:
-            _raise_if_broken(one.bench.tuned, None, error)
+            _raise_if_broken(one.bench.tuned, one.bench.problem, None, error)
             return replace(outcome, reason=reason_of(error))
         return replace(outcome, found=one.search.found(dict(zip(finalists, times, strict=True))))
 
@@ -219,11 +234,12 @@ def measured(timer: Timer, calls: Sequence[Call], seconds: float) -> list[float]
     return [percentiles(one.milliseconds)[1] for one in timed]
 
 
-def _raise_if_broken(tuned: TuningProblem, config: KernelConfig | None, error: Exception) -> None:
+def _raise_if_broken(
+    tuned: TuningProblem, problem: Problem | None, config: KernelConfig | None, error: Exception
+) -> None:
     if not torch.cuda.is_available():
         return
     try:
         torch.cuda.synchronize()
     except Exception as broken:
-        which = "its default configurations" if config is None else config
-        raise DeviceBroken(f"{tuned.name} with {which}: {reason_of(error)}") from broken
+        raise DeviceBroken(reason_of(error), tuned, problem, config) from broken

@@ -17,6 +17,7 @@ from ..pages import ABSENT
 from .sweep import Tuned
 
 _WIDTH = 120
+_KIND = ("kernel", "rounded", "head_dim", "element_bytes")  # of problems that one program computes
 _SAME = 0.1  # problems that are no further apart, in doublings, have one entry
 
 
@@ -36,6 +37,7 @@ class TableFile:
         self._path, self._device, self._architecture = path, device, architecture
         self._entries: list[dict[str, Any]] = []
         self._native: list[dict[str, Any]] = []
+        self._broken: list[dict[str, Any]] = []
         self._commit = commit()
         if path.exists():
             other = read_table(path).device
@@ -43,6 +45,7 @@ class TableFile:
                 raise ValueError(f"{path} holds the table of {other}, this is {device}; choose another --output")
             content = json.loads(path.read_text(encoding="utf-8"))
             self._entries, self._native = content["entries"], content.get("native", [])
+            self._broken = content.get("broken", [])
 
     def add(self, tuned: Tuned) -> None:
         """Enters what was found, in the place of an entry for the same problem, and writes the file."""
@@ -75,6 +78,16 @@ class TableFile:
         self._native.append(entry(problem, config, **times, tuned_on=on, commit=self._commit))
         self._write()
 
+    def add_broken(self, problem: Problem, config: KernelConfig, reason: str) -> None:
+        """Enters a configuration after which the GPU computed nothing any more for the process that ran it."""
+        self._broken.append({**_program(problem, config), "reason": reason})
+        self._write()
+
+    def broke(self, problem: Problem, config: KernelConfig) -> bool:
+        """Whether `add_broken` knows the configuration, compiled by this version of Triton."""
+        program = _program(problem, config)
+        return any(program.items() <= known.items() for known in self._broken)
+
     def _write(self) -> None:
         head = {
             "device": self._device,
@@ -84,7 +97,9 @@ class TableFile:
             "versions": versions(),
         }
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-        for name, entries in (("entries", self._entries), ("native", self._native)):
+        for name, entries in (("entries", self._entries), ("native", self._native), ("broken", self._broken)):
+            if not entries and name != "entries":
+                continue
             listed = ",\n".join(f"    {json.dumps(one)}" for one in entries)
             lines.append(f'  "{name}": [\n{listed}\n  ]')
         text = ",\n".join(lines)
@@ -96,8 +111,16 @@ class TableFile:
 
 def _same(known: dict[str, Any], problem: Problem) -> bool:
     other = Problem(**{name: known[name] for name in Problem.__dataclass_fields__})
-    alike = ("kernel", "rounded", "head_dim", "element_bytes")
-    return all(getattr(other, name) == getattr(problem, name) for name in alike) and other.distance(problem) < _SAME
+    return _kind(other) == _kind(problem) and other.distance(problem) < _SAME
+
+
+def _kind(problem: Problem) -> dict[str, Any]:
+    return {name: getattr(problem, name) for name in _KIND}
+
+
+def _program(problem: Problem, config: KernelConfig) -> dict[str, Any]:
+    """What one compiled program is known by."""
+    return {**_kind(problem), **asdict(config), "triton": versions()["triton"]}
 
 
 def short(config: KernelConfig) -> str:

@@ -214,11 +214,10 @@ class FakePool(NoCompiler):
         pass
 
 
-@interpreted
-def test_the_command_writes_a_table(monkeypatch, tmp_path, capsys):
-    """From end to end, on the CPU in the place of a GPU."""
+@pytest.fixture
+def cpu_as_gpu(monkeypatch):
+    """The command's GPU is the CPU, and searches are short."""
     monkeypatch.setattr(tune, "_gpu", lambda: CPU)
-    monkeypatch.setattr(tune, "chosen_problems", lambda patterns: [tiny_problem("grad_query")])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     properties = SimpleNamespace(shared_memory_per_block=49152, shared_memory_per_block_optin=SHARED_LIMIT)
@@ -227,6 +226,12 @@ def test_the_command_writes_a_table(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sweep, "device_measure", lambda device: partial(sweep.measured, HostTimer()))
     monkeypatch.setattr(sweep, "GRID_MOST", 2)
     monkeypatch.setattr(sweep, "FINAL_SECONDS", 0.002)
+
+
+@interpreted
+def test_the_command_writes_a_table(cpu_as_gpu, monkeypatch, tmp_path, capsys):
+    """From end to end, on the CPU in the place of a GPU."""
+    monkeypatch.setattr(tune, "chosen_problems", lambda patterns: [tiny_problem("grad_query")])
     path = tmp_path / "table.json"
     assert tune.main(["--minutes", "2", "--output", str(path)]) == 0
     table = read_table(path)
@@ -236,6 +241,59 @@ def test_the_command_writes_a_table(monkeypatch, tmp_path, capsys):
     assert tune.main(["--minutes", "0.05", "--output", str(path)]) == 1  # less than what the last steps take
     assert "not tuned: 1 of 1 problems" in capsys.readouterr().out
     assert read_table(path) == table
+
+
+@interpreted
+@pytest.mark.parametrize("breaks", ["a candidate", "the default"])
+def test_a_new_process_goes_on_where_the_gpu_is_lost(breaks, cpu_as_gpu, monkeypatch, tmp_path):
+    """The new process is this one, called again: it tunes what is left, without what broke the GPU."""
+    problems = {problem.name: problem for problem in (tiny_problem("forward"), tiny_problem("grad_query"))}
+    first, second = problems
+    default = configuration.default_table().nearest(Problem("forward", False, 16, 4, 40, 2.0))
+    forward, broken, gpu, begun_again = launch.forward, [], {"lost": False}, []
+
+    def breaking(call, output, lse, lists, config, rounding):
+        run = not isinstance(launch.forward_kernel, compiling._Recorder)
+        if run and not broken and (config == default) == (breaks == "the default"):
+            broken.append(config)
+            gpu["lost"] = True
+            raise RuntimeError("illegal memory access")
+        forward(call, output, lse, lists, config, rounding)
+
+    def synchronize():
+        if gpu["lost"]:
+            raise RuntimeError("lost")
+
+    def execute(program, words):
+        gpu["lost"] = False
+        begun_again.append(words[words.index("--problems") + 1])
+        assert words[1:3] == ["-m", "benchmarks.tune"] and tune.main(words[3:]) == 0
+        raise SystemExit(0)
+
+    monkeypatch.setattr(tune, "chosen_problems", lambda names: [problems[name] for name in names or problems])
+    monkeypatch.setattr(launch, "forward", breaking)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(tune.os, "execv", execute)
+    path = tmp_path / "table.json"
+    with pytest.raises(SystemExit) as ended:
+        tune.main(["--minutes", "2", "--output", str(path), "--processes", "1"])
+    assert ended.value.code == 0 and len(broken) == 1
+    content, table = json.loads(path.read_text()), read_table(path)
+    if breaks == "the default":
+        assert begun_again == [second] and [entry["tuned_on"] for entry in content["entries"]] == [second]
+        assert "broken" not in content
+    else:
+        assert begun_again == [f"{first},{second}"] and len(table.entries) == 2
+        (noted,) = content["broken"]
+        assert "illegal memory access" in noted["reason"] and KernelConfig(**_part(noted, KernelConfig)) == broken[0]
+        kept = TableFile(path, "Some GPU", "sm_90")
+        assert kept.broke(table.entries[0][0], broken[0]) and not kept.broke(table.entries[0][0], default)
+        assert not kept.broke(replace(table.entries[0][0], head_dim=32), broken[0])
+
+
+def _part(noted: dict, fields: type) -> dict:
+    return {name: noted[name] for name in fields.__dataclass_fields__}
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU")
