@@ -57,6 +57,7 @@ void native_attention_cuda(
     const Tensor counts,
     const Tensor order,
     const Tensor places,
+    const Tensor tickets,
     bool full,
     int64_t key_count,
     const std::vector<int64_t> heaviest,
@@ -71,6 +72,7 @@ void native_attention_cuda(
     bool causal,
     int64_t warps,
     int64_t parts,
+    int64_t ticket,
     int64_t stream,
     const Tensor output,
     const Tensor lse) {
@@ -86,6 +88,7 @@ void native_attention_cuda(
       counts,
       order,
       places,
+      tickets,
       full,
       key_count,
       heaviest,
@@ -100,6 +103,7 @@ void native_attention_cuda(
       causal,
       warps,
       parts,
+      ticket,
       stream,
       output,
       lse);

@@ -83,6 +83,7 @@ inline Launch launch_of(
     const Tensor& counts,
     const Tensor& order,
     const Tensor& places,
+    const Tensor& tickets,
     bool full,
     int64_t key_count,
     const std::vector<int64_t>& heaviest,
@@ -97,6 +98,7 @@ inline Launch launch_of(
     bool causal,
     int64_t warps,
     int64_t parts,
+    int64_t ticket,
     int64_t stream,
     const Tensor& output,
     const Tensor& lse) {
@@ -174,9 +176,16 @@ inline Launch launch_of(
   STD_TORCH_CHECK(pairs * parts < std::numeric_limits<int32_t>::max() / 2, "there are too many heads and sequences");
   call.parts = static_cast<int32_t>(parts);
   call.items = static_cast<int32_t>(pairs * parts);
+  STD_TORCH_CHECK(
+      ticket < tickets.numel() && tickets.scalar_type() == ScalarType::Int && tickets.is_contiguous(),
+      "there is no such ticket");
+  call.ticket = ticket >= 0 ? static_cast<uint32_t*>(tickets.mutable_data_ptr()) + ticket : nullptr;
   launch.blocks = std::min(pairs * parts, limits.multiprocessors);
   const int64_t rounds = launch.blocks > 0 ? (call.items + launch.blocks - 1) / launch.blocks : 1;
-  call.memory = shared_memory_of(launch.head_dim, call.key_len, level_count, warps, limits.shared_bytes, rounds);
+  const bool uneven = packed || call.query_lengths || call.key_lengths;
+  const int64_t sorted = uneven && batch <= MAX_SORTED_SEQUENCES ? batch : 0;
+  call.memory =
+      shared_memory_of(launch.head_dim, call.key_len, level_count, warps, sorted, limits.shared_bytes, rounds);
   STD_TORCH_CHECK(
       call.memory.bytes <= limits.shared_bytes,
       "keys and values take ",

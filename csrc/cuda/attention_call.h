@@ -14,6 +14,8 @@ constexpr int MAX_GROUPS = MAX_LENGTH / GROUP_ROWS;
 constexpr int MAX_THREADS = 384;  // leaves 168 registers for each
 constexpr int MAX_LEVELS = 256;
 constexpr int MAX_ORDERED_HEADS = 64;
+constexpr int MAX_SORTED_SEQUENCES = 256;
+constexpr int KNOWN_ROUNDS = 8;  // whose items warps can look up: more than slots
 
 constexpr int64_t MAX_ROW_STRIDE = 1 << 22;  // so that 32 bits address the rows of a head
 
@@ -42,7 +44,9 @@ struct SharedMemory {
   int32_t slots, slot, values;  // how many; the size of one; where its values begin
   int32_t scratch;              // a group's rows for each warp
   int32_t table;                // of levels
-  int32_t infos, bytes;         // the slots' groups, facts and barriers; everything
+  int32_t infos;                // the slots' groups, facts and barriers, then the number of jobs taken
+  int32_t rounds, sorted;       // see Schedule; how many sequences it sorts, or 0
+  int32_t bytes;                // everything
 };
 
 // What all warps know of a slot: a word each. A register that does not hold one of them holds a score.
@@ -64,16 +68,24 @@ enum Fact {
 enum Barrier { KEYS_ARRIVED, VALUES_ARRIVED, SLOT_FREE, BARRIERS };
 
 constexpr int MAX_SLOTS = 4;
+static_assert(MAX_SLOTS + 2 <= KNOWN_ROUNDS);
 constexpr int FACTS_AT = 8 * MAX_GROUPS, BARRIERS_AT = FACTS_AT + 4 * FACTS, INFO_BYTES = BARRIERS_AT + 8 * BARRIERS;
 static_assert(BARRIERS_AT % 8 == 0 && INFO_BYTES % 8 == 0);
 
 // At least one slot; more, up to `wanted`, as far as `limit` allows.
 inline SharedMemory shared_memory_of(
-    int64_t head_dim, int64_t key_len, int64_t level_count, int64_t warps, int64_t limit, int64_t wanted) {
+    int64_t head_dim,
+    int64_t key_len,
+    int64_t level_count,
+    int64_t warps,
+    int64_t sorted,
+    int64_t limit,
+    int64_t wanted) {
   // Both regions start at the first bank.
   const int64_t region = (key_len + 1) / 2 * 2 * 2 * head_dim, table_bytes = level_count > 8 ? 2 * MAX_LEVELS : 0;
   const int64_t scratch_bytes = warps * GROUP_ROWS * 2 * head_dim;
-  const int64_t others = scratch_bytes + table_bytes + 8;  // 8: the number of jobs taken, behind the infos
+  const int64_t rounds_bytes = 4 * (KNOWN_ROUNDS + 2 * sorted);
+  const int64_t others = scratch_bytes + table_bytes + 8 + rounds_bytes;  // 8: the number of jobs taken
   const int64_t fitting = (limit - others) / (2 * region + INFO_BYTES);
   const int64_t slots = std::max<int64_t>(1, std::min({wanted, fitting, int64_t{MAX_SLOTS}}));
   SharedMemory memory{};
@@ -83,7 +95,9 @@ inline SharedMemory shared_memory_of(
   memory.scratch = memory.slots * memory.slot;
   memory.table = memory.scratch + static_cast<int32_t>(scratch_bytes);
   memory.infos = memory.table + static_cast<int32_t>(table_bytes);
-  memory.bytes = memory.infos + memory.slots * INFO_BYTES + 8;
+  memory.rounds = memory.infos + memory.slots * INFO_BYTES + 8;
+  memory.sorted = static_cast<int32_t>(sorted);
+  memory.bytes = memory.rounds + static_cast<int32_t>(rounds_bytes);
   return memory;
 }
 
@@ -102,8 +116,9 @@ struct AttentionCall {
   float below_level_count;  // the largest float32 below level_count
   float* lse;               // may be null
   int64_t lse_batch, lse_head;
-  int32_t parts;  // items that share the groups of a head of a sequence
-  int32_t items;  // parts of heads of sequences; a block takes one after the other
+  int32_t parts;     // items that share the groups of a head of a sequence
+  int32_t items;     // parts of heads of sequences; a block takes one after the other
+  uint32_t* ticket;  // the counter that blocks take them from, 0 before and after a call; may be null
   SharedMemory memory;
   uint8_t heaviest[MAX_ORDERED_HEADS];   // heads, those with most work first; the others follow by number
   uint32_t levels[MAX_LEVELS / 2];       // pairs of elements

@@ -3,6 +3,7 @@
 // emulator's) before.
 #pragma once
 
+#include "attention_schedule.cuh"
 #include "attention_steps.cuh"
 
 namespace sparse_attn {
@@ -10,23 +11,6 @@ namespace sparse_attn {
 // A slot is filled by a job that lists its groups, as many as this for the keys, then as many for the values.
 constexpr int JOBS_OF_A_HALF = 4, JOBS = 1 + 2 * JOBS_OF_A_HALF;
 constexpr int COPIES_AT_ONCE = 8;
-
-// Where an item lies: a head of a sequence, the ends of its real rows and keys, and the end of the rows that are
-// stored. `part` is its share of the groups.
-struct Place {
-  int sequence, first_token, head, part, rows_end, rows_stored, keys_end;
-};
-
-// The first row of an item.
-SPARSE_ATTN_DEVICE char* first_row_of(const Rows& rows, const Place& place) {
-  return rows.data + place.sequence * rows.batch + place.head * rows.head +
-         static_cast<int64_t>(place.first_token) * rows.row;
-}
-
-// A row of a head, from the first one on.
-SPARSE_ATTN_DEVICE char* row_of(char* first, const Rows& rows, int row) {
-  return first + static_cast<uint64_t>(static_cast<uint32_t>(row)) * rows.row;
-}
 
 // 16 queries and their list: `steps` of it can hold keys of the sequence, from `partial` on some of which are hidden,
 // and from `masked` on not all rows keep all keys.
@@ -66,12 +50,14 @@ class Ring {
   static constexpr uint32_t NO_JOB = 0xffffffffu;  // jobs are counted over all rounds
 
   const AttentionCall& call;
+  const Schedule schedule;
   int round = -1;
 
  public:
   Seat seat;
 
-  SPARSE_ATTN_DEVICE explicit Ring(const AttentionCall& call) : call(call), seat{call.memory.slots - 1, true} {
+  SPARSE_ATTN_DEVICE explicit Ring(const AttentionCall& call)
+      : call(call), schedule(call), seat{call.memory.slots - 1, true} {
   }
 
   // What all warps do together at first.
@@ -85,6 +71,7 @@ class Ring {
       }
       store_shared(jobs_taken(), 0);
     }
+    schedule.start();
     block_barrier();
   }
 
@@ -100,7 +87,7 @@ class Ring {
     }
     ++round;
     seat = next_seat();
-    if (item_of(round) >= call.items) {
+    if (schedule.item_of(round) >= call.items) {
       return false;
     }
     if (round >= call.memory.slots) {
@@ -116,7 +103,7 @@ class Ring {
   // Goes on to the next item, if that has arrived, without leaving this one; says whether it did.
   SPARSE_ATTN_DEVICE bool advance_at_once() {
     const Seat next = next_seat();
-    if (next.slot == seat.slot || item_of(round + 1) >= call.items ||
+    if (next.slot == seat.slot || schedule.item_of(round + 1) >= call.items ||
         uniform(load_shared(jobs_taken())) < jobs_up_to(round + 1) ||
         ballot(!has_passed(barrier(next.slot, KEYS_ARRIVED), next.odd))) {
       return false;
@@ -134,11 +121,15 @@ class Ring {
     }
   }
 
-  // Does the next job, if it is for a round up to `last` and its slot is free.
+  // Does the next job, if it is for a round up to `last` whose item is known and its slot is free.
   SPARSE_ATTN_DEVICE void help(int last) const {
-    const uint32_t job = load_shared(jobs_taken());
+    const uint32_t job = uniform(load_shared(jobs_taken()));
     const int wanted = static_cast<int>(job / JOBS);
-    if (uniform(wanted) > last || item_of(uniform(wanted)) >= call.items) {
+    if (wanted > last) {
+      return;
+    }
+    const int item = schedule.item_of(wanted);
+    if (item == Schedule::UNKNOWN || item >= call.items) {
       return;
     }
     uint32_t own = NO_JOB;
@@ -147,7 +138,7 @@ class Ring {
     }
     own = uniform(own);
     if (own != NO_JOB) {
-      fill(own / JOBS, own % JOBS);
+      fill(wanted, own % JOBS, item);
     }
   }
 
@@ -187,26 +178,6 @@ class Ring {
   // Registers are scarce: what follows from the thread's number is computed anew.
   SPARSE_ATTN_DEVICE static int lane_number() {
     return static_cast<unsigned>(computed_here(thread_number())) % 32;
-  }
-
-  // Every other round goes through the blocks backwards: items come with the heaviest first.
-  SPARSE_ATTN_DEVICE static int item_of(int round) {
-    return round * block_count() + (round % 2 ? block_count() - 1 - block_number() : block_number());
-  }
-
-  SPARSE_ATTN_DEVICE Place place_of(int round) const {
-    const unsigned item = item_of(round), parts = call.parts, sequences = call.batch, pair = item / parts;
-    const auto part = static_cast<int>(item % parts), batch = static_cast<int>(pair % sequences);
-    const auto rank = static_cast<int>(pair / sequences), head = rank < MAX_ORDERED_HEADS ? call.heaviest[rank] : rank;
-    if (call.cu_seqlens) {
-      const int first = call.cu_seqlens[batch];
-      // Shared memory has room for the length that the caller promised.
-      const int length = min(call.cu_seqlens[batch + 1] - first, call.key_len);
-      return {0, first, head, part, length, length, length};
-    }
-    const int rows = call.query_lengths ? min(max(call.query_lengths[batch], 0), call.query_len) : call.query_len;
-    const int keys = call.key_lengths ? min(max(call.key_lengths[batch], 0), call.key_len) : call.key_len;
-    return {batch, 0, head, part, rows, call.query_len, keys};
   }
 
   SPARSE_ATTN_DEVICE void await(Seat seat, Barrier name) const {
@@ -257,12 +228,16 @@ class Ring {
   }
 
   // A job of filling a slot with the item of a round.
-  SPARSE_ATTN_DEVICE void fill(int round, int job) const {
-    const Place place = place_of(round);
+  SPARSE_ATTN_DEVICE void fill(int round, int job, int item) const {
+    const Place place = schedule.place_of(item);
     const int slot = slot_of(round);
     warp_barrier();  // the slot is free for all lanes
     if (job == 0) {
+      const uint32_t next = lane_number() == 0 ? schedule.take_after(round) : 0;
       list_groups(place, slot);
+      if (lane_number() == 0) {
+        schedule.tell(round + 1, next);
+      }
       arrive(barrier(slot, KEYS_ARRIVED));
       char* queries = first_row_of(call.query, place);
       for (int row = lane_number(); row < place.rows_end; row += 32) {

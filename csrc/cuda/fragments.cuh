@@ -174,6 +174,11 @@ SPARSE_ATTN_DEVICE bool replace_shared(uint32_t to, uint32_t known, uint32_t wor
   return before == known;
 }
 
+// The number in global memory, which becomes the next one, after `last` 0.
+SPARSE_ATTN_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t last) {
+  return atomicInc(counter, last);
+}
+
 // 16 bytes from global memory that no kernel writes meanwhile.
 SPARSE_ATTN_DEVICE void load_words(uint32_t (&word)[4], const void* from) {
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"

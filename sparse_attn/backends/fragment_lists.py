@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import SparseLayout
+from .tickets import new_tickets
 
 GROUP_ROWS = 16
 STEP_KEYS = 32  # keys that a warp takes at a time
@@ -40,6 +41,7 @@ class FragmentLists:
         places: int16 [heads, padded keys], where the first piece of a key lies, in bytes, in the order in which a warp
             copies keys, 512 bytes at a time: [blocks, 512 / row_bytes, 8] for key 512 / row_bytes * i + j of a block at
             [j, i].
+        tickets: int32 [tickets.COUNT], for the calls with these lists.
         heaviest: the first MAX_ORDERED_HEADS heads by the length of their lists, the longest first.
         full: all rows of a group keep all keys of its list.
         keys: how many the lists cover.
@@ -50,12 +52,13 @@ class FragmentLists:
     counts: Tensor
     order: Tensor
     places: Tensor
+    tickets: Tensor
     heaviest: tuple[int, ...]
     full: bool
     keys: int
 
     def tensors(self) -> list[Tensor]:
-        return [self.words, self.first_steps, self.counts, self.order, self.places]
+        return [self.words, self.first_steps, self.counts, self.order, self.places, self.tickets]
 
 
 def fragment_lists(layout: SparseLayout, row_bytes: int) -> FragmentLists:
@@ -81,6 +84,7 @@ def fragment_lists(layout: SparseLayout, row_bytes: int) -> FragmentLists:
         _on(layout.device, counts),
         _on(layout.device, _order(counts[:, :, -1])),
         _on(layout.device, _in_copying_order(places, 512 // row_bytes)),
+        new_tickets(layout.device),
         tuple((-steps.reshape(layout.heads, -1)[:MAX_ORDERED_HEADS].sum(1)).argsort(kind="stable").tolist()),
         lists.full,
         layout.key_len,

@@ -11,6 +11,7 @@ from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_output, lse_shape
 from ..quantization import QuantizationTable
 from .fragment_lists import MAX_LENGTH, fragment_lists
+from .tickets import ticket_of
 
 HEAD_DIMS = (32, 64)
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -21,9 +22,9 @@ _MAX_ROW_STRIDE = 2**22  # in bytes; 32-bit numbers address the rows of a head
 torch.library.define(
     "sparse_attn::native_attention_cuda",
     "(Tensor query, Tensor key, Tensor value, Tensor words, Tensor first_steps, Tensor counts, Tensor order, "
-    "Tensor places, bool full, int keys, int[] heaviest, Tensor? query_lengths, Tensor? key_lengths, "
-    "Tensor? key_padding, Tensor? cu_seqlens, int max_length, float scale, float[] levels, float step, bool causal, "
-    "int warps, int parts, int stream, Tensor(a!) output, Tensor(b!) lse) -> ()",
+    "Tensor places, Tensor(a!) tickets, bool full, int keys, int[] heaviest, Tensor? query_lengths, "
+    "Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, int max_length, float scale, float[] levels, "
+    "float step, bool causal, int warps, int parts, int ticket, int stream, Tensor(b!) output, Tensor(c!) lse) -> ()",
 )
 
 
@@ -84,7 +85,7 @@ def _gpu_refusals(device: torch.device, length: int, head_dim: int) -> list[str]
 
 
 _SCRATCH_BYTES = 12 * 16 * 2  # for each dimension: a group of queries or outputs for each warp
-_EXTRA_SHARED_BYTES = 2048  # at most, for what else lies beside keys and values
+_EXTRA_SHARED_BYTES = 3072  # at most, for what else lies beside keys and values
 
 
 @torch.compiler.assume_constant_result
@@ -128,11 +129,12 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     lse = call.query.new_empty(lse_shape(call.query, call.packed) if call.need_lse else (0,), dtype=torch.float32)
     full, keys, warps, parts, *heaviest = call.layout_sizes
     table = call.table
+    stream = torch.cuda.current_stream(call.query.device).cuda_stream
     torch.ops.sparse_attn.native_attention_cuda(
         _aligned(call.query), _aligned(call.key), _aligned(call.value), *call.layout, bool(full), keys, heaviest,
         call.query_lengths, call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.scale,
         list(table.levels) if table else [], table.step if table else 1.0, call.causal, warps, parts,
-        torch.cuda.current_stream(call.query.device).cuda_stream, output, lse,
+        ticket_of(call.layout[-1], stream), stream, output, lse,
     )  # fmt: skip
     return output, lse
 

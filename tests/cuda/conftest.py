@@ -43,4 +43,5 @@ def device(request, monkeypatch) -> str:
     monkeypatch.setattr(native, "_kernels", lambda device: native_cuda)
     monkeypatch.setattr(native_cuda, "built", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return "cpu"

@@ -30,6 +30,7 @@ void native_attention_cuda(
     const Tensor counts,
     const Tensor order,
     const Tensor places,
+    const Tensor tickets,
     bool full,
     int64_t key_count,
     const std::vector<int64_t> heaviest,
@@ -44,6 +45,7 @@ void native_attention_cuda(
     bool causal,
     int64_t warps,
     int64_t parts,
+    int64_t ticket,
     int64_t stream,
     const Tensor output,
     const Tensor lse) {
@@ -57,6 +59,7 @@ void native_attention_cuda(
       counts,
       order,
       places,
+      tickets,
       full,
       key_count,
       heaviest,
@@ -71,6 +74,7 @@ void native_attention_cuda(
       causal,
       warps,
       parts,
+      ticket,
       stream,
       output,
       lse);

@@ -186,6 +186,12 @@ SPARSE_ATTN_DEVICE bool replace_shared(uint32_t to, uint32_t known, uint32_t wor
   return true;
 }
 
+SPARSE_ATTN_DEVICE uint32_t take_ticket(uint32_t* counter, uint32_t last) {
+  const uint32_t own = *counter;
+  *counter = own >= last ? 0 : own + 1;
+  return own;
+}
+
 SPARSE_ATTN_DEVICE void load_words(uint32_t (&word)[4], const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % 16) {
     emulator::fail("a load of 16 bytes is misaligned");

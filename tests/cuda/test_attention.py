@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparse_attn import QuantizationTable, SparseLayout, sparse_attention
 from sparse_attn.backends import native_cuda
+from sparse_attn.backends.tickets import NONE
 from sparse_attn.kernels.configuration import BlockConfig
 from tests.helpers import assert_within_budget, random_inputs, random_layout
 
@@ -113,6 +114,37 @@ def test_every_way_to_cut_a_head_computes_the_same(device, warps, parts, monkeyp
     monkeypatch.setattr(native_cuda, "choice", lambda *_: BlockConfig(warps, parts))
     own = sparse_attention(*tensors, SparseLayout(keep.to(device)), backend="native", **arguments)
     assert torch.equal(own, usual)
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_with_and_without_a_ticket_it_computes_the_same(device, uneven, monkeypatch):
+    """More heads of sequences than blocks have slots for, of lengths that differ or not."""
+    layout = random_layout(3, 48, 0.7, device)
+    tensors = random_inputs((9, 3, 40, 32), torch.float16, device)
+    lengths = torch.tensor([40, 3, 17, 0, 40, 31, 16, 8, 25], device=device)
+    arguments = dict(key_lengths=lengths, query_lengths=lengths) if uneven else {}
+    check(layout, tensors, **arguments)
+    shared = sparse_attention(*tensors, layout, backend="native", **arguments)
+    numbers = set()
+
+    def ticket_of(tickets, stream):
+        assert not tickets.any()  # as every call before has left them
+        numbers.add(own(tickets, stream))
+        return NONE
+
+    own = native_cuda.ticket_of
+    monkeypatch.setattr(native_cuda, "ticket_of", ticket_of)
+    assert torch.equal(sparse_attention(*tensors, layout, backend="native", **arguments), shared)
+    assert numbers == {0}
+
+
+@pytest.mark.parametrize("sequences", [2, 256, 257])
+def test_many_sequences(device, sequences):
+    """Up to 256 are taken in the order of their lengths."""
+    layout = random_layout(1, 8, 0.5, device)
+    lengths = torch.arange(sequences, device=device) * 7 % 9
+    tensors = random_inputs((sequences, 1, 8, 32), torch.float16, device)
+    check(layout, tensors, key_lengths=lengths, query_lengths=lengths)
 
 
 def test_masks_and_shapes_of_other_sizes(device):
