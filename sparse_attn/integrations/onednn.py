@@ -3,11 +3,13 @@
 Without padding and with sparse attention a pass is linear layers. `torch.nn.functional.linear` copies the bias into the
 output before it multiplies, multiplies float32 by MKL, which is tuned for one maker's processors, and leaves GELU to a
 pass over memory of its own. oneDNN's operator does all three at once, with the weights as they are: no parameter is
-copied or changed.
+copied or changed. Between the two layers of a feed-forward part lies the largest tensor of a pass. Blocks of memory of
+that size come from the system page by page, every time, so that part is computed some rows at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -26,6 +28,9 @@ _GELU_ALGORITHMS = {
 _MODE = "sparse_attention_onednn"
 _ALGORITHM = "sparse_attention_algorithm"  # of a linear layer, while its output goes to an activation: that one's
 _ACTIVATED = "sparse_attention_activated"  # of a tensor: the activation has been taken
+_WIDTH = "sparse_attention_width"  # of a block with a feed-forward part: features between its layers
+_REUSED_BYTES = 1 << 25  # glibc's malloc returns larger blocks to the system, whatever its settings have adapted to
+_PIECE_BYTES = 1 << 24
 
 
 def onednn_dtypes() -> list[torch.dtype]:
@@ -52,6 +57,7 @@ def remove_onednn(encoder: Encoder) -> None:
     for stack in encoder.stacks:
         stack.__dict__.pop(_MODE, None)
         for module in stack.modules():
+            module.__dict__.pop(_WIDTH, None)
             if type(module) is OneDNNLinear:
                 module.__class__ = nn.Linear
             elif isinstance(module, _Changed):
@@ -109,7 +115,34 @@ class _FusedActivation(_Changed):
         return input if getattr(input, _ACTIVATED, False) else super().forward(input)
 
 
-class _FusingBlock(_Changed):
+class _InPieces(_Changed):
+    """A block that computes its feed-forward part, which families call by one of two names, some rows at a time."""
+
+    def feed_forward_chunk(self, attention_output: Tensor) -> Tensor:
+        return _in_pieces(self, super().feed_forward_chunk, attention_output)
+
+    def ff_chunk(self, attention_output: Tensor) -> Tensor:
+        return _in_pieces(self, super().ff_chunk, attention_output)
+
+
+def _in_pieces(block: nn.Module, feed_forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    row_bytes = block.__dict__.get(_WIDTH, 0) * input.itemsize
+    rows = 0 if torch.compiler.is_compiling() else input.numel() // input.shape[-1]
+    if (
+        rows * row_bytes <= _REUSED_BYTES
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()
+        or block.training
+        or input.device.type != "cpu"
+        or any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+    ):
+        return feed_forward(input)
+    most = 1 << max(1, _PIECE_BYTES // row_bytes).bit_length() - 1
+    pieces = input.reshape(1, rows, -1).split(most, dim=1)
+    return torch.cat([feed_forward(piece) for piece in pieces], dim=1).view(input.shape)
+
+
+class _FusingBlock(_InPieces):
     """A block that hands the output of a linear layer to an activation, and lets them be computed as one.
 
     Who else calls the linear layer, such as an adapter around it, gets its own output.
@@ -149,14 +182,22 @@ def _new_changed(change: type[_Changed], original: type[nn.Module], names: tuple
 def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:
     untouched = {module for module in stack.modules() if "forward" not in module.__dict__}  # by accelerate, say
     linears = {module for module in untouched if type(module) is nn.Linear}
+    holders = [module for module in untouched if hasattr(module, "feed_forward_chunk") or hasattr(module, "ff_chunk")]
     for linear in linears:
         linear.__class__ = OneDNNLinear
     for block in untouched:
         linear, activation = (getattr(block, name, None) for name in feed_forward)
         if linear in linears and activation in untouched and _gelu_algorithm(activation):
-            for module, change in ((block, _FusingBlock), (activation, _FusedActivation)):
-                if not isinstance(module, change):
-                    module.__class__ = _changed(change, type(module), feed_forward)
+            _change(block, _FusingBlock, feed_forward)
+            _change(activation, _FusedActivation, feed_forward)
+    for block in holders:
+        _change(block, _InPieces, feed_forward)
+        block.__dict__[_WIDTH] = max((linear.out_features for linear in linears & set(block.modules())), default=0)
+
+
+def _change(module: nn.Module, change: type[_Changed], names: tuple[str, str]) -> None:
+    if not isinstance(module, change):
+        module.__class__ = _changed(change, type(module), names)
 
 
 def _gelu_algorithm(activation: object) -> str | None:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
 
 from sparse_attn import GlobalMask, patch_model, patched, unpatch
+from sparse_attn.integrations import onednn
 from sparse_attn.integrations.models import encoder_of
 from sparse_attn.integrations.onednn import onednn_dtypes, onednn_mode
 from tests.integrations.conftest import padded_inputs, small_config
@@ -78,6 +79,53 @@ def test_every_activation(activation):
         counts[name] for name in (GELU, TANH, "aten.erf.default", "aten.relu.default", "aten.silu.default")
     )
     assert counts[ONEDNN] == 12 and elementwise == (2 if activation in ("relu", "silu") else 0)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Feed-forward parts take 16 rows of the tests' models at a time."""
+    monkeypatch.setattr(onednn, "_REUSED_BYTES", 0)
+    monkeypatch.setattr(onednn, "_PIECE_BYTES", 31 * 4 * small_config().intermediate_size)
+
+
+def rows_of_products(model, inputs, **more):
+    """How many rows the layers' first linear layers of feed-forward parts take at a time."""
+    shapes = []
+
+    class Rows(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if str(function) == ONEDNN and args[3] == "gelu":
+                shapes.append(args[0].shape[:-1].numel())
+            return function(*args, **(kwargs or {}))
+
+    with Rows(), torch.set_grad_enabled(more.pop("gradients", False)):
+        output = model(**inputs, **more).last_hidden_state
+    return output, shapes
+
+
+@pytest.mark.parametrize("unpad", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_feed_forward_parts_in_pieces(name, unpad, small_pieces, monkeypatch):
+    model, inputs = patch_model(make(name).cpu(), MASK, unpad=unpad, onednn=True), padded_inputs()
+    pieces, rows = rows_of_products(model, inputs)
+    own = rows[: len(rows) // MASK.layers]
+    assert len(own) > 1 and set(own[:-1]) == {16} and own * MASK.layers == rows
+    monkeypatch.setattr(onednn, "_REUSED_BYTES", 1 << 25)
+    whole, rows = rows_of_products(model, inputs)
+    assert rows == [sum(own)] * MASK.layers
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reason", ["gradients", "training", "hook"])
+def test_feed_forward_parts_that_stay_whole(reason, bert, small_pieces):
+    patch_model(bert, MASK, onednn=True).requires_grad_(False)
+    seen = []
+    if reason == "hook":
+        for layer in bert.encoder.layer:
+            layer.output.register_forward_hook(lambda module, args, output: seen.append(output))
+    bert.train(reason == "training")
+    _, rows = rows_of_products(bert, padded_inputs(), gradients=reason == "gradients")
+    assert len(rows) == MASK.layers and len(seen) == (MASK.layers if reason == "hook" else 0)
 
 
 def test_passes_with_gradients_have_them(bert):
