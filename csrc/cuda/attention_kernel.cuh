@@ -56,9 +56,9 @@ class Warp {
   static constexpr int ROW_BYTES = 2 * HEAD_DIM;
   static constexpr int BLOCKS = HEAD_DIM / 32;  // of the output's columns, which are stored 32 at a time
   static constexpr bool ROUNDED = ROUNDING != Rounding::None;
-  // Lists of so many steps have all their scores in registers, as many as these have room for. Longer lists cost more
-  // where they are rounded.
-  static constexpr int HELD_STEPS = ROUNDING == Rounding::EightLevels ? MOST_HELD_STEPS : ROUNDED ? 2 : 3;
+  // Steps whose part of the list is sent for ahead. Where they are rounded, lists of up to so many have all their
+  // scores in registers; longer ones cost more.
+  static constexpr int STEPS_AHEAD = ROUNDING == Rounding::EightLevels ? 4 : SEGMENT_STEPS;
   using Scratch = WarpScratch<ROW_BYTES>;
 
   // A group with what is sent for ahead: its queries, and the start of its list.
@@ -66,7 +66,7 @@ class Warp {
     bool exists;
     Group group;
     Query<HEAD_DIM> query;
-    uint32_t words[HELD_STEPS];
+    uint32_t words[STEPS_AHEAD];
   };
 
   const AttentionCall& call;
@@ -87,27 +87,41 @@ class Warp {
     ring.start();
     Task next;
     next.exists = false;
+    bool arrives = false;  // the item whose slot the warp waits for
+    // One place for each piece of work: at first, all of them are instructions on their way from memory.
     while (true) {
       const Task task = next;
-      if (!task.exists && !ring.advance()) {
-        return;
+      if (!task.exists && !arrives) {
+        if (!ring.advance()) {
+          return;
+        }
+        arrives = true;
       }
-      seat = ring.seat;
-      look_ahead(next);
+      const bool waits = arrives && ring.wants_help();
+      if (arrives && !waits) {
+        ring.await_keys();
+        arrives = false;
+      }
+      if (!waits) {
+        seat = ring.seat;
+        look_ahead(next);
+      }
+      if (waits || task.exists) {
+        ring.help(waits);
+      }
+      commit_copies();
       RowState state;
       Output<HEAD_DIM> output;
       if (task.exists) {
-        ring.help();
-      }
-      commit_copies();
-      if (task.exists) {
         attend(task, state, output);
       }
-      collect(next);
+      if (!waits) {
+        collect(next);
+      }
       if (task.exists) {
         store(task.group, state, output);
       }
-      if (ring.seat.slot != seat.slot) {
+      if (!waits && ring.seat.slot != seat.slot) {
         ring.leave(seat);
       }
     }
@@ -131,7 +145,7 @@ class Warp {
         const int row = first_row + scratch.row(turn);
         copy_async(scratch.piece(turn), row_of(queries, call.query, row), row >= rows_end);
       }
-      read_words<HELD_STEPS>(ring.seat, task.group, 0, task.words);
+      read_words<STEPS_AHEAD>(ring.seat, task.group, 0, task.words);
     }
     commit_copies();
   }
@@ -198,50 +212,33 @@ class Warp {
   }
 
   SPARSE_ATTN_DEVICE void attend(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
-    // A kernel of its own for every length up to HELD_STEPS.
-    switch (task.group.steps()) {
-      case 0:
-        return clear<HEAD_DIM>(output);
-      case 1:
-        return attend_held<1>(task, state, output);
-      case 2:
-        return attend_held<2>(task, state, output);
-      case 3:
-        if constexpr (HELD_STEPS >= 3) {
-          return attend_held<3>(task, state, output);
-        }
-        [[fallthrough]];
-      case 4:
-        if constexpr (HELD_STEPS >= 4) {
-          return attend_held<4>(task, state, output);
-        }
-        [[fallthrough]];
-      default:
-        attend_in_segments(task, state, output);
+    if constexpr (ROUNDED) {
+      if (task.group.steps() <= STEPS_AHEAD) {
+        return attend_held(task, state, output);
+      }
     }
+    attend_in_segments(task, state, output);
   }
 
-  template <int STEPS>
   SPARSE_ATTN_DEVICE void attend_held(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
-    float scores[STEPS][TILES][4];
-    Probabilities<STEPS> p;
-    score<STEPS>(task, 0, task.words, scores);
+    const int steps = task.group.steps();
+    Scores<STEPS_AHEAD> scores;
+    Probabilities<STEPS_AHEAD> p;
+    score<STEPS_AHEAD>(task, 0, task.words, scores);
     float correction[2];
-    state.raise<STEPS>(scores, call.scale_log2, correction);
-    state.add<ELEMENT, !ROUNDED, STEPS>(scores, call.scale_log2, p);
+    state.template raise<STEPS_AHEAD>(scores, call.scale_log2, correction);
+    state.template add<ELEMENT, false, STEPS_AHEAD>(scores, steps, call.scale_log2, p);
     state.complete();
-    if constexpr (ROUNDED) {
-      Rounder<ROUNDING>(call, shared_memory(), state).template round<STEPS>(scores, p);
-    }
+    Rounder<ROUNDING>(call, shared_memory(), state).template round<STEPS_AHEAD>(scores, p);
     ring.await_values(seat);
     clear<HEAD_DIM>(output);
-    add<STEPS>(p, task.words, STEPS, output);
+    add<STEPS_AHEAD>(p, task.words, steps, output);
   }
 
   // Without rounding in one pass; with it the normaliser must be known first.
   SPARSE_ATTN_DEVICE void attend_in_segments(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
     const int steps = task.group.steps();
-    float scores[SEGMENT_STEPS][TILES][4];
+    Scores<SEGMENT_STEPS> scores;
     Probabilities<SEGMENT_STEPS> p;
     uint32_t segment[SEGMENT_STEPS], following[SEGMENT_STEPS];
 #pragma unroll
@@ -257,7 +254,7 @@ class Warp {
       if (state.template raise<SEGMENT_STEPS>(scores, call.scale_log2, correction) && !ROUNDED) {
         scale_output<HEAD_DIM>(output, correction);
       }
-      state.template add<ELEMENT, !ROUNDED, SEGMENT_STEPS>(scores, call.scale_log2, p);
+      state.template add<ELEMENT, !ROUNDED, SEGMENT_STEPS>(scores, steps - first, call.scale_log2, p);
       if constexpr (!ROUNDED) {
         add<SEGMENT_STEPS>(p, segment, steps - first, output);
       }
@@ -294,26 +291,27 @@ class Warp {
   // Scores of STEPS steps from `first` on, -inf where not kept and past the end of the list.
   template <int STEPS, int WORDS>
   SPARSE_ATTN_DEVICE void score(
-      const Task& task, int first, const uint32_t (&word)[WORDS], float (&scores)[STEPS][TILES][4]) const {
+      const Task& task, int first, const uint32_t (&word)[WORDS], Scores<STEPS>& scores) const {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      multiply_keys<ELEMENT, HEAD_DIM>(task.query, ring.keys(seat) + (word[step] >> 16), lane, scores[step]);
-    }
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      if (first + step >= task.group.masked()) {
-        prune(word[step], scores[step]);
+      if (first + step < task.group.steps()) {
+        multiply_keys<ELEMENT, HEAD_DIM>(task.query, ring.keys(seat) + (word[step] >> 16), lane, scores[step]);
+        if (first + step >= task.group.masked()) {
+          prune(word[step], scores[step]);
+        }
+      } else {
+        prune(0, scores[step]);
       }
     }
   }
 
-  // Adds values of the first `steps` of STEPS steps, at least one.
+  // Adds values of the first `steps` of STEPS steps.
   template <int STEPS, int WORDS>
   SPARSE_ATTN_DEVICE void add(
       const Probabilities<STEPS>& p, const uint32_t (&word)[WORDS], int steps, Output<HEAD_DIM>& output) const {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      if (step == 0 || step < steps) {
+      if (step < steps) {
         add_values<ELEMENT, HEAD_DIM>(p[step], ring.keys(seat) + call.memory.values + (word[step] >> 16), output);
       }
     }

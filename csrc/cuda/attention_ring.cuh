@@ -79,8 +79,7 @@ class Ring {
     await(seat, VALUES_ARRIVED);
   }
 
-  // Leaves the item for the next one and waits for its keys and facts, and until somebody fetches its values. Jobs for
-  // later items have to wait: they shall not delay it. Returns false where there is no other item.
+  // Leaves the item for the next one, whose slot is free then. Returns false where there is no other item.
   SPARSE_ATTN_DEVICE bool advance() {
     if (round >= 0) {
       leave(seat);
@@ -93,11 +92,16 @@ class Ring {
     if (round >= call.memory.slots) {
       await({seat.slot, !seat.odd}, SLOT_FREE);
     }
-    while (uniform(load_shared(jobs_taken())) < jobs_up_to(round)) {
-      help(round);
-    }
-    await(seat, KEYS_ARRIVED);
     return true;
+  }
+
+  // Whether some of the item's jobs are still to be done, by any warp.
+  SPARSE_ATTN_DEVICE bool wants_help() const {
+    return uniform(load_shared(jobs_taken())) < jobs_up_to(round);
+  }
+
+  SPARSE_ATTN_DEVICE void await_keys() const {
+    await(seat, KEYS_ARRIVED);
   }
 
   // Goes on to the next item, if that has arrived, without leaving this one; says whether it did.
@@ -121,11 +125,12 @@ class Ring {
     }
   }
 
-  // Does the next job, if it is for a round up to `last` whose item is known and its slot is free.
-  SPARSE_ATTN_DEVICE void help(int last) const {
+  // Does the next job whose item is known and whose slot is free, if there is one: of this item, or unless that `waits`
+  // also of a later one, which shall not delay it.
+  SPARSE_ATTN_DEVICE void help(bool waits) const {
     const uint32_t job = uniform(load_shared(jobs_taken()));
     const int wanted = static_cast<int>(job / JOBS);
-    if (wanted > last) {
+    if (wanted > (waits ? round : round + call.memory.slots - 1)) {
       return;
     }
     const int item = schedule.item_of(wanted);
@@ -140,10 +145,6 @@ class Ring {
     if (own != NO_JOB) {
       fill(wanted, own % JOBS, item);
     }
-  }
-
-  SPARSE_ATTN_DEVICE void help() const {
-    help(round + call.memory.slots - 1);
   }
 
   SPARSE_ATTN_DEVICE uint32_t keys(Seat seat) const {

@@ -146,11 +146,15 @@ struct RowState {
     return true;
   }
 
-  // Adds the exponentials of scores to the sums, and returns them as probabilities if KEPT.
+  // Adds the exponentials of the scores of the first `steps` steps to the sums, and returns them as probabilities if
+  // KEPT.
   template <Element ELEMENT, bool KEPT, int STEPS>
-  SPARSE_ATTN_DEVICE void add(const Scores<STEPS>& scores, float scale_log2, Probabilities<STEPS>& p) {
+  SPARSE_ATTN_DEVICE void add(const Scores<STEPS>& scores, int steps, float scale_log2, Probabilities<STEPS>& p) {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
+      if (step >= steps) {
+        break;
+      }
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll

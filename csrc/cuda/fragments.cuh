@@ -17,13 +17,6 @@ enum class Element { Float16, BFloat16 };
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
-// Steps of a list whose scores fit the registers, as each compiler back end allots these.
-#if __CUDA_ARCH__ == 900
-constexpr int MOST_HELD_STEPS = 4;
-#else
-constexpr int MOST_HELD_STEPS = 3;
-#endif
-
 SPARSE_ATTN_DEVICE int thread_number() {
   return static_cast<int>(threadIdx.x);
 }

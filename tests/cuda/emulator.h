@@ -14,8 +14,6 @@ using std::min;
 
 enum class Element { Float16, BFloat16 };
 
-constexpr int MOST_HELD_STEPS = 4;
-
 namespace emulator {
 
 inline float half_to_float(uint16_t bits) {

@@ -15,7 +15,7 @@ import nvcc  # noqa: E402
 COMPILER = nvcc.find()
 TARGETS = ("80", "90")  # what lies between and beyond has the same registers
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
-THREADS_OF_A_MULTIPROCESSOR = 384  # two blocks of 6 warps each
+THREADS_OF_A_MULTIPROCESSOR = 384  # a block of 12 warps
 MACRO = "TORCH_TARGET_VERSION=0x020b000000000000"
 
 pytestmark = [
