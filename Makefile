@@ -41,7 +41,7 @@ sanitize: setup
 	cp -r csrc kernels sparse_attn benchmarks tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/sparse_attn/_C*.so
 	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -include $(CURDIR)/tests/cpu/emulated_tiles.h' LDFLAGS='$(SANITIZERS)' \
 		$(CURDIR)/$(RUN) setup.py --quiet build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 \
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(RUN) -m pytest -q -n 2 tests/test_native_cpu.py tests/test_bitpacking.py
 

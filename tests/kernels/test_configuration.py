@@ -54,7 +54,7 @@ def striped_layout(length: int) -> SparseLayout:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, vars(config).values())))
 def test_every_configuration_computes_the_same(config, use_config, poisoned):
     use_config(config)
-    length = 90
+    length = 70
     layout, rows_alike = (
         striped_layout(length),
         SparseLayout(torch.ones(3, length, length, dtype=torch.bool).to(DEVICE)),
