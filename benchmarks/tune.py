@@ -104,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
         done = {tuned.tuned for tuned in outcomes}
         _begin_again(broken, [one for one in problems if one not in done], table, path, options.processes, end)
     if len(outcomes) < len(problems):
-        print(f"not tuned: {len(problems) - len(outcomes)} of {len(problems)} problems, for want of time")
+        why = "" if status else ", for want of time"
+        print(f"not tuned: {len(problems) - len(outcomes)} of {len(problems)} problems{why}")
     print(f"{path}: entries written: {sum(tuned.found is not None for tuned in outcomes)}")
     return status or int(not outcomes or any(tuned.found is None for tuned in outcomes))
 

@@ -87,27 +87,27 @@ class Warp {
     ring.start();
     Task next;
     next.exists = false;
-    bool arrives = false;  // the item whose slot the warp waits for
-    // One place for each piece of work: at first, all of them are instructions on their way from memory.
+    bool arriving = false;  // whether the warp's item is not there yet
+    // Each piece of work has one place in this loop. That keeps the code small, which a kernel that starts has to read.
     while (true) {
       const Task task = next;
-      if (!task.exists && !arrives) {
+      if (!task.exists && !arriving) {
         if (!ring.advance()) {
           return;
         }
-        arrives = true;
+        arriving = true;
       }
-      const bool waits = arrives && ring.wants_help();
-      if (arrives && !waits) {
+      const bool filling = arriving && ring.has_jobs();
+      if (arriving && !filling) {
         ring.await_keys();
-        arrives = false;
+        arriving = false;
       }
-      if (!waits) {
+      if (!filling) {
         seat = ring.seat;
         look_ahead(next);
       }
-      if (waits || task.exists) {
-        ring.help(waits);
+      if (filling || task.exists) {
+        ring.help(filling);
       }
       commit_copies();
       RowState state;
@@ -115,13 +115,13 @@ class Warp {
       if (task.exists) {
         attend(task, state, output);
       }
-      if (!waits) {
+      if (!filling) {
         collect(next);
       }
       if (task.exists) {
         store(task.group, state, output);
       }
-      if (!waits && ring.seat.slot != seat.slot) {
+      if (!filling && ring.seat.slot != seat.slot) {
         ring.leave(seat);
       }
     }

@@ -95,9 +95,9 @@ class Ring {
     return true;
   }
 
-  // Whether some of the item's jobs are still to be done, by any warp.
-  SPARSE_ATTN_DEVICE bool wants_help() const {
-    return uniform(load_shared(jobs_taken())) < jobs_up_to(round);
+  // Whether there are jobs of the item that no warp has taken.
+  SPARSE_ATTN_DEVICE bool has_jobs() const {
+    return has_jobs(round);
   }
 
   SPARSE_ATTN_DEVICE void await_keys() const {
@@ -107,8 +107,7 @@ class Ring {
   // Goes on to the next item, if that has arrived, without leaving this one; says whether it did.
   SPARSE_ATTN_DEVICE bool advance_at_once() {
     const Seat next = next_seat();
-    if (next.slot == seat.slot || schedule.item_of(round + 1) >= call.items ||
-        uniform(load_shared(jobs_taken())) < jobs_up_to(round + 1) ||
+    if (next.slot == seat.slot || schedule.item_of(round + 1) >= call.items || has_jobs(round + 1) ||
         ballot(!has_passed(barrier(next.slot, KEYS_ARRIVED), next.odd))) {
       return false;
     }
@@ -125,12 +124,12 @@ class Ring {
     }
   }
 
-  // Does the next job whose item is known and whose slot is free, if there is one: of this item, or unless that `waits`
-  // also of a later one, which shall not delay it.
-  SPARSE_ATTN_DEVICE void help(bool waits) const {
+  // Does the next job whose item is known and whose slot is free, if there is one: `own_alone`, or else also of a later
+  // item, which shall not delay the warp's own.
+  SPARSE_ATTN_DEVICE void help(bool own_alone) const {
     const uint32_t job = uniform(load_shared(jobs_taken()));
     const int wanted = static_cast<int>(job / JOBS);
-    if (wanted > (waits ? round : round + call.memory.slots - 1)) {
+    if (wanted > (own_alone ? round : round + call.memory.slots - 1)) {
       return;
     }
     const int item = schedule.item_of(wanted);
@@ -190,8 +189,8 @@ class Ring {
     return seat.slot + 1 < call.memory.slots ? Seat{seat.slot + 1, seat.odd} : Seat{0, !seat.odd};
   }
 
-  SPARSE_ATTN_DEVICE static uint32_t jobs_up_to(int round) {
-    return static_cast<uint32_t>((round + 1) * JOBS);
+  SPARSE_ATTN_DEVICE bool has_jobs(int round) const {
+    return uniform(load_shared(jobs_taken())) < static_cast<uint32_t>((round + 1) * JOBS);
   }
 
   SPARSE_ATTN_DEVICE uint32_t info(int slot) const {

@@ -22,12 +22,14 @@ def new_tickets(device: torch.device) -> Tensor:
 
 
 def ticket_of(tickets: Tensor, stream: int) -> int:
-    """The number of the counter for a call on the current stream, whose handle is `stream`; NONE where all are taken.
+    """The number of the counter for a call on the current stream of their device, whose handle is `stream`; NONE where
+    all are taken.
 
     The calls of a stream come one after the other, so that they share one, counted from the first. A captured call,
     which may be replayed on any stream, gets one of its own for good, counted from the last.
     """
-    capturing = torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device_of(tickets):
+        capturing = torch.cuda.is_current_stream_capturing()
     place = tickets.data_ptr()
     with _lock:
         numbers, captured = _numbers.setdefault(place, {}), _captured.get(place, 0)
