@@ -25,7 +25,9 @@ class Target:
     Attributes:
         longest: of a sequence.
         positions: batch * heads * query_len * key_len at most: the reference materialises them.
-        trains: whether it has a backward pass, dropout and query offsets.
+        drops: whether it has dropout and query offsets.
+        trains_all: whether it has a backward pass for all calls, or for those without rounding, causality and padding
+            masks alone.
     """
 
     backend: str
@@ -34,7 +36,12 @@ class Target:
     head_dims: tuple[int, ...] = (16, 32, 40, 64, 64, 80, 96, 128)
     longest: int = 2048
     positions: int = 2**23
-    trains: bool = True
+    drops: bool = True
+    trains_all: bool = True
+
+    def trains(self, kind: Kind) -> bool:
+        """Whether it has a backward pass for a kind of call."""
+        return self.trains_all or (kind.bits is None and not kind.causal and not kind.padding)
 
 
 TARGETS = {
@@ -43,7 +50,7 @@ TARGETS = {
         Target("triton", "cuda"),
         # Its interpreter is slow, and multiplies bfloat16 wrongly.
         Target("triton", "cpu", dtypes=(torch.float16, torch.float32), longest=96, positions=2**12),
-        Target("native", "cuda", (torch.float16, torch.bfloat16), head_dims=(32, 64), longest=512, trains=False),
+        Target("native", "cuda", (torch.float16, torch.bfloat16), (32, 64), longest=512, drops=False, trains_all=False),
         Target("native", "cpu", longest=1024, positions=2**20),
     )
 }
@@ -90,6 +97,11 @@ class Case:
     mask_len: int
     density: float
     scale: float
+
+    @property
+    def trains(self) -> bool:
+        """Whether its backward pass is run too."""
+        return self.target.trains(self.kind)
 
     def describe(self) -> str:
         kind = self.kind
@@ -158,10 +170,10 @@ def _kind(number: int, seed: int, target: Target) -> Kind:
         bits=chance.choice((None, None, None, 1, 2, 3, 3, 4, 8, _OWN_TABLE)),
         packed=packed,
         causal=chance.random() < 0.3,
-        offset=target.trains and not packed and chance.random() < 0.2,
+        offset=target.drops and not packed and chance.random() < 0.2,
         lengths=not packed and chance.random() < 0.6,
         padding=not packed and chance.random() < 0.3,
-        dropout=chance.choice((0.0, 0.0, 0.0, 0.1, 0.5) if target.trains else (0.0,)),
+        dropout=chance.choice((0.0, 0.0, 0.0, 0.1, 0.5) if target.drops else (0.0,)),
         strides=chance.choice(_STRIDES),
         sizes=tuple(_length(chance, target.longest) for _ in range(2)),
     )

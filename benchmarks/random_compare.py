@@ -64,12 +64,12 @@ def _results(
     case: Case, inputs: Sequence[Tensor], grad_output: Tensor, mask: SparseLayout, named: dict[str, Any], backend: str
 ) -> tuple[Tensor, ...]:
     """What `_NAMES` says, as far as the target goes; with dropout, the same one every time."""
-    leaves = [tensor.detach().requires_grad_(case.target.trains) for tensor in inputs]
+    leaves = [tensor.detach().requires_grad_(case.trains) for tensor in inputs]
     torch.manual_seed(case.number)
     output, lse = sparse_attention(
         *leaves, mask, dropout=case.kind.dropout, return_lse=True, backend=backend, **named
     )  # fmt: skip
-    gradients = torch.autograd.grad(output, leaves, grad_output) if case.target.trains else ()
+    gradients = torch.autograd.grad(output, leaves, grad_output) if case.trains else ()
     return output.detach(), lse, *gradients
 
 

@@ -1,7 +1,8 @@
-"""Measures the native kernel beside the Triton kernel: `python -m benchmarks.tune_native --help`.
+"""Measures the native kernels beside the Triton kernels: `python -m benchmarks.tune_native --help`.
 
-It finds how the native kernel is best cut, and writes that and whether it is the faster one into the tuning table of
-this machine's GPU, from which backend="auto" then chooses. Run it after `benchmarks.tune`: then both are at their best.
+It finds how the native kernels are best cut, and writes that and whether they are the faster ones into the tuning table
+of this machine's GPU, from which backend="auto" then chooses: for inference by the forward pass, for training by both.
+Run it after `benchmarks.tune`: then both are at their best.
 """
 
 from __future__ import annotations
@@ -9,24 +10,36 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from sparse_attn.backends import native_cuda
-from sparse_attn.kernels.configuration import TABLES, BlockConfig, architecture_of, choose, table_name
+from sparse_attn.backends import native_cuda, triton
+from sparse_attn.kernels.configuration import (
+    TABLES,
+    BlockConfig,
+    Problem,
+    architecture_of,
+    choose,
+    choose_native,
+    read_table,
+    table_name,
+    use_table,
+)
 
 from .options import OneLineParser, file_to_write
 from .tuning.problems import PROBLEMS, TuningProblem
 
-# A multiprocessor has registers for 12 warps.
+# A multiprocessor has registers for 12 warps, in the backward pass for 8.
 CONFIGS = tuple(BlockConfig(warps, parts) for warps, parts in ((10, 1), (12, 1), (8, 1), (12, 2)))
+BACKWARD_CONFIGS = tuple(BlockConfig(warps, parts) for warps, parts in ((8, 1), (6, 1), (8, 2)))
 _LEAST_GAIN = 1.02  # by less, times differ from run to run
 _SCREEN_SECONDS, _FINAL_SECONDS = 0.01, 0.1
 _LIMIT = 5e-3  # largest relative difference of the two kernels' results
 
 
 def native_problems() -> list[TuningProblem]:
-    """The tuning problems that the native kernel can compute."""
+    """The tuning problems that the native forward kernel can compute. Those without rounding are trained too."""
     return [
         problem
         for problem in PROBLEMS
@@ -64,31 +77,66 @@ def main(arguments: list[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name(device)
-    table = TableFile(options.output or TABLES / table_name(name), name, architecture_of(device))
+    path = options.output or TABLES / table_name(name)
+    table = TableFile(path, name, architecture_of(device))
     layouts, measure, failed = Layouts(device), device_measure(device), 0
     for tuned in native_problems():
-        try:
-            line = _tune(tuned, layouts, measure, table, device)
-        except Exception as error:  # one problem less in the table
-            failed, line = failed + 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"{tuned.name}: {line}", flush=True)
+        for name, tune in (("", tune_forward), ("training: ", tune_training))[: 1 if tuned.bits else 2]:
+            try:
+                line = tune(tuned, layouts, measure, table, device)
+            except Exception as error:  # one problem less in the table
+                failed, line = failed + 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
+            print(f"{tuned.name}: {name}{line}", flush=True)
+            if path.exists():
+                use_table(read_table(path))
     return int(failed > 0)
 
 
-def _tune(tuned: TuningProblem, layouts, measure, table, device: torch.device) -> str:
+def tune_forward(tuned: TuningProblem, layouts, measure, table, device: torch.device) -> str:
+    """Measures a problem and writes what came out into the table. Returns a line about it."""
     from .tuning.bench import Bench
 
     bench = Bench(tuned, device, layouts.of(tuned))
     bench.prepare()
-    triton = bench.caller(choose(bench.problem, device))
-    calls: dict[BlockConfig, Callable[[], None]] = {config: bench.native_caller(config) for config in CONFIGS}
+    calls: dict[BlockConfig, Callable] = {config: bench.native_caller(config) for config in CONFIGS}
     for call in calls.values():
         bench.compare_outputs(call(), _LIMIT)
+    triton_call = bench.caller(choose(bench.problem, device))
+    return _measured(calls, triton_call, bench.problem, tuned.name, measure, table)
+
+
+def tune_training(tuned: TuningProblem, layouts, measure, table, device: torch.device) -> str:
+    """The same for the forward and the backward pass together; the forward kernel is cut as the table says."""
+    from .tuning.bench import Bench, compare
+
+    bench = Bench(tuned, device, layouts.of(tuned))
+    problem = replace(bench.problem, kernel="backward")
+    kind = (tuned.head_dim, tuned.dtype)
+    forward = choose_native(bench.problem, device)
+    triton_call = bench.training_caller(triton, lambda layout: triton.layout_arguments(layout, *kind, None, True))
+    calls = {
+        config: bench.training_caller(
+            native_cuda,
+            lambda layout, config=config: native_cuda.configured_arguments(layout, *kind, forward, config),
+        )
+        for config in BACKWARD_CONFIGS
+    }
+    expected = triton_call()
+    for call in calls.values():
+        for own, other in zip(call(), expected, strict=True):
+            compare(own, other, _LIMIT, "the Triton kernel's")
+    return _measured(calls, triton_call, problem, f"training-{tuned.name}", measure, table)
+
+
+def _measured(
+    calls: dict[BlockConfig, Callable], triton_call: Callable, problem: Problem, name: str, measure, table
+) -> str:  # fmt: skip
+    configs = list(calls)
     screened = measure(list(calls.values()), _SCREEN_SECONDS)
-    best = min(zip(screened, CONFIGS, strict=True), key=lambda one: one[0])[1]
-    own, other = measure([calls[best], triton], _FINAL_SECONDS)
+    best = min(zip(screened, configs, strict=True), key=lambda one: one[0])[1]
+    own, other = measure([calls[best], triton_call], _FINAL_SECONDS)
     faster = own * _LEAST_GAIN < other
-    table.add_native(bench.problem, BlockConfig(best.warps, best.parts, faster), own, other, tuned.name)
+    table.add_native(problem, BlockConfig(best.warps, best.parts, faster), own, other, name)
     return f"native {1e3 * own:.1f} us ({best.warps} warps, {best.parts} parts), Triton {1e3 * other:.1f} us"
 
 

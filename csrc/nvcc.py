@@ -69,4 +69,4 @@ def built_object(folder: Path, include_dirs: Sequence[str], macros: Sequence[str
 
 
 def _without(reason: str) -> None:
-    print(f"sparse_attn: building without the CUDA kernel, GPUs use the Triton kernels: {reason}", file=sys.stderr)
+    print(f"sparse_attn: building without the CUDA kernels, GPUs use the Triton kernels: {reason}", file=sys.stderr)

@@ -50,7 +50,7 @@ class Problem:
     """What a configuration is chosen by.
 
     Attributes:
-        kernel: one of KERNELS.
+        kernel: one of KERNELS; the native kernels have "backward" in place of the last two.
         rounded: whether the forward kernel rounds probabilities; false for the others.
         head_dim, element_bytes: of query, key and value.
         key_len: keys that the mask covers.
@@ -72,16 +72,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """How the CUDA kernel is cut.
+    """How a CUDA kernel is cut.
 
     Attributes:
         warps: of a block, of which a multiprocessor holds one.
         parts: in how many parts the queries of a head are computed, each with all its keys; at least so many that every
             multiprocessor has some.
-        faster: whether it was measured to be faster than the Triton kernel.
+        faster: whether it was measured to be faster than the Triton kernel; for "backward", together with the forward
+            pass.
     """
 
-    warps: int = 12
+    warps: int
     parts: int = 1
     faster: bool = False
 
@@ -93,7 +94,7 @@ class TuningTable:
     Attributes:
         device: its name.
         entries: of the Triton kernels.
-        native: of the native kernel.
+        native: of the native kernels, whose problems are "forward" and "backward".
         architecture: of the device, as `architecture_of` tells it.
     """
 
@@ -197,10 +198,14 @@ def choose(problem: Problem, device: torch.device) -> KernelConfig:
     return config
 
 
+# What serves where nothing was measured: as many warps as a multiprocessor has registers or shared memory for.
+_DEFAULT_BLOCKS = {"forward": BlockConfig(12), "backward": BlockConfig(8)}
+
+
 def choose_native(problem: Problem, device: torch.device) -> BlockConfig:
-    """The configuration of the native kernel for `problem` on a GPU: from its table if that has been measured."""
+    """The configuration of the native kernels for `problem` on a GPU: from its table if that has been measured."""
     table = table_of(device)
-    return (table.nearest_native(problem) if table else None) or BlockConfig()
+    return (table.nearest_native(problem) if table else None) or _DEFAULT_BLOCKS[problem.kernel]
 
 
 def _name(device: torch.device) -> str:

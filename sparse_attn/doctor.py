@@ -61,9 +61,9 @@ def _cuda_kernel() -> list[Finding]:
     if torch.version.cuda is None or not extension.available():
         return []
     if native_cuda.built():
-        return [Finding("CUDA kernel", True, "built into the extension")]
+        return [Finding("CUDA kernels", True, "built into the extension")]
     return [
-        Finding("CUDA kernel", False, "not built: there was no nvcc", f"install nvcc, then {extension.HOW_TO_GET_IT}")
+        Finding("CUDA kernels", False, "not built: there was no nvcc", f"install nvcc, then {extension.HOW_TO_GET_IT}")
     ]
 
 

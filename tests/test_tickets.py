@@ -1,4 +1,4 @@
-"""Which counter a call of the CUDA kernel takes."""
+"""Which counter a call of a CUDA kernel takes."""
 
 import pytest
 import torch

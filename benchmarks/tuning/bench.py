@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .problems import TuningProblem
 # another backend in float32, and of a candidate compared with the default one.
 _DEFAULT_LIMIT = {2: 1e-2, 4: 1e-3}
 _CANDIDATE_LIMIT = {2: 5e-3, 4: 1e-4}
+
+
+Arguments = Callable[[SparseLayout], tuple[list[Tensor], tuple[int, ...]]]  # lists, and what else a backend wants
 
 
 class WrongResult(Exception):
@@ -135,7 +139,7 @@ class Bench:
         self._expected = [[tensor.clone() for tensor in self._results(layer)] for layer in self._layers]
         for layer, expected in zip(self._layers, self._expected, strict=True):
             for own, other in zip(expected, self._by_another_backend(layer.layout), strict=False):
-                _compare(own, other, _DEFAULT_LIMIT[self.tuned.dtype.itemsize], "another backend's result")
+                compare(own, other, _DEFAULT_LIMIT[self.tuned.dtype.itemsize], "another backend's result")
 
     def check(self, config: KernelConfig) -> None:
         """Raises WrongResult where a configuration computes something else than the default one, or not everything."""
@@ -149,7 +153,7 @@ class Bench:
         """Raises WrongResult where what was computed last is not what the default configuration computes."""
         for layer, expected in zip(self._layers, self._expected, strict=True):
             for own, other in zip(self._results(layer), expected, strict=True):
-                _compare(own, other, _CANDIDATE_LIMIT[self.tuned.dtype.itemsize], "the default configuration's")
+                compare(own, other, _CANDIDATE_LIMIT[self.tuned.dtype.itemsize], "the default configuration's")
 
     def caller(self, config: KernelConfig) -> Callable[[], None]:
         return partial(self.launch, config)
@@ -163,10 +167,21 @@ class Bench:
             calls.append(replace(self._call, layout=lists, layout_sizes=sizes, table=table))
         return lambda: [native_cuda.forward(call)[0] for call in calls]
 
+    def training_caller(self, backend: ModuleType, arguments: Arguments) -> Callable[[], list[Tensor]]:
+        """A function that runs a backend's forward and backward passes on all layers and returns the gradients.
+        `arguments` yields what the backend wants of a layout."""
+        calls = []
+        for layer in self._layers:
+            lists, sizes = arguments(layer.layout)
+            calls.append(replace(self._call, layout=lists, layout_sizes=sizes, need_lse=True))
+        return lambda: [
+            gradient for call in calls for gradient in backend.backward(call, *backend.forward(call), self._grad_output)
+        ]
+
     def compare_outputs(self, outputs: Sequence[Tensor], limit: float) -> None:
         """Raises WrongResult where outputs of the forward pass are not those of the default configuration."""
         for own, (other,) in zip(outputs, self._expected, strict=True):
-            _compare(own, other, limit, "the Triton kernel's")
+            compare(own, other, limit, "the Triton kernel's")
 
     @property
     def layers(self) -> int:
@@ -225,7 +240,8 @@ def _empty_layer(layout: SparseLayout, query: Tensor) -> _Layer:
     return _Layer(layout, empty_output(query, packed=False), rows, torch.empty_like(rows), *gradients)
 
 
-def _compare(own: Tensor, other: Tensor, limit: float, name: str) -> None:
+def compare(own: Tensor, other: Tensor, limit: float, name: str) -> None:
+    """Raises WrongResult where two results differ by more than `limit`, relative to the norm of the other one."""
     error = (torch.linalg.vector_norm(own.float() - other) / torch.linalg.vector_norm(other.float())).item()
     if not error <= limit:  # NaN is not
         raise WrongResult(f"relative difference {error:.1e} to {name}, at most {limit:.0e} expected")

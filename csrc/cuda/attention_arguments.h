@@ -1,5 +1,4 @@
-// The arguments of the operator sparse_attn::native_attention_cuda, whose schema is in
-// sparse_attn/backends/native_cuda.py: from tensors to an AttentionCall, and which kernel is meant.
+// From the arguments of the operators to an AttentionCall, and how it is cut into blocks.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,10 +12,9 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
-#include "attention_kernel.cuh"
+#include "attention_call.h"
 
 namespace sparse_attn {
 
@@ -24,11 +22,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A call, the blocks and threads that compute it, and the stream that they run on.
+// The blocks and threads that compute a call.
 struct Launch {
-  AttentionCall call;
-  ScalarType dtype;
-  int64_t head_dim, blocks, threads;
+  int64_t blocks, threads, shared_bytes;
   void* stream;
 };
 
@@ -73,62 +69,44 @@ inline Rows rows_of(const Tensor& tensor, bool packed) {
   return {data, batch, head, static_cast<uint32_t>(row)};
 }
 
-inline Launch launch_of(
-    const Limits& limits,
+// What is computed: tensors, lengths, scale. `call.lse` is null where `lse` is empty.
+inline void read_tensors(
+    AttentionCall& call,
     const Tensor& query,
     const Tensor& key,
     const Tensor& value,
-    const Tensor& words,
-    const Tensor& first_steps,
-    const Tensor& counts,
-    const Tensor& order,
-    const Tensor& places,
-    const Tensor& tickets,
-    bool full,
-    int64_t key_count,
-    const std::vector<int64_t>& heaviest,
+    const Tensor& output,
     const OptionalTensor& query_lengths,
     const OptionalTensor& key_lengths,
-    const OptionalTensor& key_padding,
     const OptionalTensor& cu_seqlens,
     int64_t max_length,
     double scale,
-    const std::vector<double>& levels,
-    double step,
-    bool causal,
-    int64_t warps,
-    int64_t parts,
-    int64_t ticket,
-    int64_t stream,
-    const Tensor& output,
     const Tensor& lse) {
   const bool packed = cu_seqlens.has_value();
-  const int64_t batch = packed ? cu_seqlens->numel() - 1 : query.size(0), heads = query.size(1);
-  Launch launch{};
-  launch.dtype = query.scalar_type();
-  launch.head_dim = query.size(packed ? 2 : 3);
-  launch.threads = 32 * warps;
-  launch.stream = reinterpret_cast<void*>(stream);
-
-  AttentionCall& call = launch.call;
   call.query = rows_of(query, packed);
   call.key = rows_of(key, packed);
   call.value = rows_of(value, packed);
   call.output = rows_of(output, packed);
-  call.batch = static_cast<int32_t>(batch);
-  call.heads = static_cast<int32_t>(heads);
+  call.batch = static_cast<int32_t>(packed ? cu_seqlens->numel() - 1 : query.size(0));
+  call.heads = static_cast<int32_t>(query.size(1));
   call.query_len = static_cast<int32_t>(packed ? max_length : query.size(2));
   call.key_len = static_cast<int32_t>(packed ? max_length : key.size(2));
   call.query_lengths = data_of<int32_t>(query_lengths);
   call.key_lengths = data_of<int32_t>(key_lengths);
-  call.key_padding = data_of<uint8_t>(key_padding);
   call.cu_seqlens = data_of<int32_t>(cu_seqlens);
-  call.causal = causal;
+  STD_TORCH_CHECK(scale > 0.0, "the scale must be positive");
   call.scale_log2 = static_cast<float>(scale * 1.44269504088896340736);
+  const bool has_lse = lse.numel() > 0;
+  call.lse = has_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
+  call.lse_batch = has_lse && !packed ? lse.stride(0) : 0;
+  call.lse_head = has_lse ? lse.stride(packed ? 0 : 1) : 0;
+}
+
+inline void read_levels(AttentionCall& call, const std::vector<double>& levels, double step, ScalarType dtype) {
   const auto level_count = static_cast<int64_t>(levels.size());
-  STD_TORCH_CHECK(scale > 0.0 && level_count <= MAX_LEVELS, "the scale must be positive, the levels at most 256");
+  STD_TORCH_CHECK(level_count <= MAX_LEVELS, "there are at most 256 levels");
   for (int64_t i = 0; i < level_count; ++i) {
-    const uint32_t bits = element_bits(levels[i], launch.dtype);
+    const uint32_t bits = element_bits(levels[i], dtype);
     call.levels[i / 2] |= bits << (16 * (i % 2));
     if (i < 8) {
       call.low_bytes[i / 4] |= (bits & 255) << (8 * (i % 4));
@@ -138,11 +116,19 @@ inline Launch launch_of(
   call.level_count = static_cast<int32_t>(level_count);
   call.level_rate = level_count > 0 ? static_cast<float>(1.0 / (static_cast<double>(level_count) * step)) : 0.0f;
   call.below_level_count = std::nextafter(static_cast<float>(level_count), 0.0f);
-  const bool has_lse = lse.numel() > 0;
-  call.lse = has_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
-  call.lse_batch = has_lse && !packed ? lse.stride(0) : 0;
-  call.lse_head = has_lse ? lse.stride(packed ? 0 : 1) : 0;
+}
 
+// The layout's lists, for a call whose tensors have been read.
+inline void read_lists(
+    AttentionCall& call,
+    const Tensor& words,
+    const Tensor& first_steps,
+    const Tensor& counts,
+    const Tensor& order,
+    const Tensor& places,
+    bool full,
+    int64_t key_count,
+    const std::vector<int64_t>& heaviest) {
   FragmentLists& lists = call.lists;
   lists.words = list_data<uint32_t>(words, ScalarType::Int, 2);
   lists.first_steps = list_data<int32_t>(first_steps, ScalarType::Int, 2);
@@ -154,22 +140,34 @@ inline Launch launch_of(
   lists.keys = static_cast<int32_t>(key_count);
   lists.places_of_head = static_cast<int32_t>(places.size(1));
   lists.full = full;
-
   STD_TORCH_CHECK(
       call.query_len <= MAX_LENGTH && call.key_len <= lists.keys && call.query_len <= lists.groups * GROUP_ROWS,
       "queries and keys must lie within the layout, and within ",
       MAX_LENGTH);
-  STD_TORCH_CHECK(first_steps.size(0) == heads && order.size(1) == MAX_GROUPS, "the layout is for other heads");
   STD_TORCH_CHECK(
-      0 < warps && launch.threads <= MAX_THREADS && 0 < parts, "a block has 1 to ", MAX_THREADS, " threads");
-
-  STD_TORCH_CHECK(
-      static_cast<int64_t>(heaviest.size()) == std::min<int64_t>(heads, MAX_ORDERED_HEADS),
+      first_steps.size(0) == call.heads && order.size(1) == MAX_GROUPS &&
+          static_cast<int64_t>(heaviest.size()) == std::min(call.heads, MAX_ORDERED_HEADS),
       "the layout is for other heads");
   std::copy(heaviest.begin(), heaviest.end(), call.heaviest);
+}
 
+// How a call whose tensors, levels and lists have been read is cut: `warps` a block with `areas` of scratch each, and
+// each head of a sequence into at least `parts` items.
+inline Launch cut(
+    AttentionCall& call,
+    const Limits& limits,
+    int64_t head_dim,
+    int64_t most_threads,
+    int64_t areas,
+    int64_t warps,
+    int64_t parts,
+    const Tensor& tickets,
+    int64_t ticket,
+    int64_t stream) {
+  STD_TORCH_CHECK(0 < warps && 32 * warps <= most_threads && 0 < parts, "a block has 1 to ", most_threads, " threads");
   // A few heads are cut so that all multiprocessors have some of their groups.
-  const int64_t pairs = batch * heads, groups = (call.query_len + GROUP_ROWS - 1) / GROUP_ROWS;
+  const int64_t pairs = static_cast<int64_t>(call.batch) * call.heads;
+  const int64_t groups = (call.query_len + GROUP_ROWS - 1) / GROUP_ROWS;
   if (pairs > 0) {
     parts = std::max(parts, std::min(limits.multiprocessors / pairs, groups));
   }
@@ -180,53 +178,19 @@ inline Launch launch_of(
       ticket < tickets.numel() && tickets.scalar_type() == ScalarType::Int && tickets.is_contiguous(),
       "there is no such ticket");
   call.ticket = ticket >= 0 ? static_cast<uint32_t*>(tickets.mutable_data_ptr()) + ticket : nullptr;
-  launch.blocks = std::min(pairs * parts, limits.multiprocessors);
-  const int64_t rounds = launch.blocks > 0 ? (call.items + launch.blocks - 1) / launch.blocks : 1;
-  const bool uneven = packed || call.query_lengths || call.key_lengths;
-  const int64_t sorted = uneven && batch <= MAX_SORTED_SEQUENCES ? batch : 0;
+  const int64_t blocks = std::min(pairs * parts, limits.multiprocessors);
+  const int64_t rounds = blocks > 0 ? (call.items + blocks - 1) / blocks : 1;
+  const bool uneven = call.cu_seqlens || call.query_lengths || call.key_lengths;
+  const int64_t sorted = uneven && call.batch <= MAX_SORTED_SEQUENCES ? call.batch : 0;
   call.memory =
-      shared_memory_of(launch.head_dim, call.key_len, level_count, warps, sorted, limits.shared_bytes, rounds);
+      shared_memory_of(head_dim, call.key_len, call.level_count, areas * warps, sorted, limits.shared_bytes, rounds);
   STD_TORCH_CHECK(
       call.memory.bytes <= limits.shared_bytes,
       "keys and values take ",
       call.memory.bytes,
       " bytes of shared memory, the GPU has ",
       limits.shared_bytes);
-  return launch;
-}
-
-template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
-struct Kernel {};
-
-// visit(Kernel) for the kernel that computes a call.
-template <class Visit>
-void with_kernel(const Launch& launch, const Visit& visit) {
-  const auto with_rounding = [&](auto element, auto head_dim) {
-    constexpr Element ELEMENT = decltype(element)::value;
-    constexpr int HEAD_DIM = decltype(head_dim)::value;
-    if (launch.call.level_count == 0) {
-      visit(Kernel<ELEMENT, HEAD_DIM, Rounding::None>());
-    } else if (launch.call.level_count <= 8) {
-      visit(Kernel<ELEMENT, HEAD_DIM, Rounding::EightLevels>());
-    } else {
-      visit(Kernel<ELEMENT, HEAD_DIM, Rounding::Table>());
-    }
-  };
-  const auto with_head_dim = [&](auto element) {
-    STD_TORCH_CHECK(launch.head_dim == 32 || launch.head_dim == 64, "head_dim must be 32 or 64");
-    if (launch.head_dim == 32) {
-      with_rounding(element, std::integral_constant<int, 32>());
-    } else {
-      with_rounding(element, std::integral_constant<int, 64>());
-    }
-  };
-  STD_TORCH_CHECK(
-      launch.dtype == ScalarType::Half || launch.dtype == ScalarType::BFloat16, "query must be float16 or bfloat16");
-  if (launch.dtype == ScalarType::Half) {
-    with_head_dim(std::integral_constant<Element, Element::Float16>());
-  } else {
-    with_head_dim(std::integral_constant<Element, Element::BFloat16>());
-  }
+  return {blocks, 32 * warps, call.memory.bytes, reinterpret_cast<void*>(stream)};
 }
 
 }  // namespace sparse_attn

@@ -11,7 +11,6 @@ constexpr int GROUP_ROWS = 16;
 constexpr int STEP_KEYS = 32;  // keys that a warp takes at a time, a key a lane; also the keys between two counts
 constexpr int MAX_LENGTH = 512;
 constexpr int MAX_GROUPS = MAX_LENGTH / GROUP_ROWS;
-constexpr int MAX_THREADS = 384;  // leaves 168 registers for each
 constexpr int MAX_LEVELS = 256;
 constexpr int MAX_ORDERED_HEADS = 64;
 constexpr int MAX_SORTED_SEQUENCES = 256;
@@ -42,7 +41,7 @@ struct FragmentLists {
 // each other, its groups (see Group in attention_ring.cuh), facts and barriers. Numbers are bytes.
 struct SharedMemory {
   int32_t slots, slot, values;  // how many; the size of one; where its values begin
-  int32_t scratch;              // a group's rows for each warp
+  int32_t scratch;              // one or more areas of a group's rows for each warp
   int32_t table;                // of levels
   int32_t infos;                // the slots' groups, facts and barriers, then the number of jobs taken
   int32_t rounds, sorted;       // see Schedule; how many sequences it sorts, or 0
@@ -58,6 +57,8 @@ enum Fact {
   GROUPS = LSES + 2,
   GROUPS_TAKEN,
   SEQUENCE,
+  HEAD,
+  FIRST_TOKEN,
   ROWS_END,
   ROWS_STORED,
   KEYS_END,
@@ -77,13 +78,13 @@ inline SharedMemory shared_memory_of(
     int64_t head_dim,
     int64_t key_len,
     int64_t level_count,
-    int64_t warps,
+    int64_t scratch_areas,
     int64_t sorted,
     int64_t limit,
     int64_t wanted) {
   // Both regions start at the first bank.
   const int64_t region = (key_len + 1) / 2 * 2 * 2 * head_dim, table_bytes = level_count > 8 ? 2 * MAX_LEVELS : 0;
-  const int64_t scratch_bytes = warps * GROUP_ROWS * 2 * head_dim;
+  const int64_t scratch_bytes = scratch_areas * GROUP_ROWS * 2 * head_dim;
   const int64_t rounds_bytes = 4 * (KNOWN_ROUNDS + 2 * sorted);
   const int64_t others = scratch_bytes + table_bytes + 8 + rounds_bytes;  // 8: the number of jobs taken
   const int64_t fitting = (limit - others) / (2 * region + INFO_BYTES);

@@ -4,77 +4,42 @@
 // Include fragments.cuh (or the emulator's) before.
 #pragma once
 
-#include "attention_ring.cuh"
+#include "attention_groups.cuh"
+#include "attention_scratch.cuh"
 
 namespace sparse_attn {
 
-constexpr int SEGMENT_STEPS = 2;  // long lists are taken 64 keys at a time
-
-// A warp's own part of shared memory: 16 rows of queries on their way in, and then of output on its way out. Pieces of
-// 16 bytes are permuted so that 8 of them that are written or read together lie in different banks.
-template <int ROW_BYTES>
-class WarpScratch {
-  static constexpr unsigned CHUNKS = ROW_BYTES / 16;
-
-  uint32_t start;
-  unsigned lane;
-
-  SPARSE_ATTN_DEVICE uint32_t address(unsigned row, unsigned chunk) const {
-    return start + row * ROW_BYTES + 16 * (chunk ^ row * CHUNKS / 8 % CHUNKS);
-  }
-
- public:
-  static constexpr int TURNS = GROUP_ROWS * CHUNKS / 32;  // 512 bytes at a time
-
-  SPARSE_ATTN_DEVICE WarpScratch(const AttentionCall& call, unsigned thread)
-      : start(shared_memory() + call.memory.scratch + thread / 32 * (GROUP_ROWS * ROW_BYTES)), lane(thread % 32) {
-  }
-
-  // The piece that a lane copies in a turn: its row, its first byte in the row, and where it lies.
-  SPARSE_ATTN_DEVICE int row(int turn) const {
-    return lane / CHUNKS + 32 / CHUNKS * turn;
-  }
-  SPARSE_ATTN_DEVICE unsigned byte() const {
-    return 16 * (lane % CHUNKS);
-  }
-  SPARSE_ATTN_DEVICE uint32_t piece(int turn) const {
-    return (address(lane / CHUNKS, lane % CHUNKS) ^ (CHUNKS == 8 ? turn % 2 * 64 : 0)) + 512 * turn;
-  }
-
-  // What a lane points at: to load a left factor of the matrix unit; to store columns 32 * block + (0 to 31) of 8 rows.
-  SPARSE_ATTN_DEVICE uint32_t left_factor(int part) const {
-    return address(lane % 16, lane / 16) ^ (32 * part);
-  }
-  SPARSE_ATTN_DEVICE uint32_t matrix_row(int half, int block) const {
-    return (address(lane % 8, lane / 8) ^ (64 * block)) + 8 * ROW_BYTES * half;
-  }
-};
+constexpr int SEGMENT_STEPS = 2;      // long lists are taken 64 keys at a time
+constexpr int FORWARD_THREADS = 384;  // leaves 168 registers for each
 
 // One warp of a block.
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
 class Warp {
   static constexpr int ROW_BYTES = 2 * HEAD_DIM;
-  static constexpr int BLOCKS = HEAD_DIM / 32;  // of the output's columns, which are stored 32 at a time
   static constexpr bool ROUNDED = ROUNDING != Rounding::None;
   // Steps whose part of the list is sent for ahead. Where they are rounded, lists of up to so many have all their
   // scores in registers; longer ones cost more.
   static constexpr int STEPS_AHEAD = ROUNDING == Rounding::EightLevels ? 4 : SEGMENT_STEPS;
   using Scratch = WarpScratch<ROW_BYTES>;
 
+  const AttentionCall& call;
+  const int lane;
+
+ public:
   // A group with what is sent for ahead: its queries, and the start of its list.
   struct Task {
-    bool exists;
     Group group;
     Query<HEAD_DIM> query;
     uint32_t words[STEPS_AHEAD];
   };
+  struct Result {
+    RowState state;
+    Output<HEAD_DIM> output;
+  };
 
-  const AttentionCall& call;
-  const int lane;
   Ring<ROW_BYTES> ring;
-  Seat seat;  // of the group that is computed
+  Seat seat;
 
- public:
   SPARSE_ATTN_DEVICE explicit Warp(const AttentionCall& call) : call(call), lane(thread_number() % 32), ring(call) {
   }
 
@@ -84,142 +49,55 @@ class Warp {
         store_shared(shared_memory() + call.memory.table + 4 * pair, call.levels[pair]);
       }
     }
-    ring.start();
-    Task next;
-    next.exists = false;
-    bool arriving = false;  // whether the warp's item is not there yet
-    // Each piece of work has one place in this loop. That keeps the code small, which a kernel that starts has to read.
-    while (true) {
-      const Task task = next;
-      if (!task.exists && !arriving) {
-        if (!ring.advance()) {
-          return;
-        }
-        arriving = true;
-      }
-      const bool filling = arriving && ring.has_jobs();
-      if (arriving && !filling) {
-        ring.await_keys();
-        arriving = false;
-      }
-      if (!filling) {
-        seat = ring.seat;
-        look_ahead(next);
-      }
-      if (filling || task.exists) {
-        ring.help(filling);
-      }
-      commit_copies();
-      RowState state;
-      Output<HEAD_DIM> output;
-      if (task.exists) {
-        attend(task, state, output);
-      }
-      if (!filling) {
-        collect(next);
-      }
-      if (task.exists) {
-        store(task.group, state, output);
-      }
-      if (!filling && ring.seat.slot != seat.slot) {
-        ring.leave(seat);
+    take_groups(*this);
+  }
+
+  SPARSE_ATTN_DEVICE void send(Task& task) const {
+    Scratch(call, computed_here(thread_number()))
+        .send_for(
+            ring.template pointer<char>(ring.seat, QUERIES),
+            call.query,
+            task.group.first_row(),
+            ring.fact(ring.seat, ROWS_END));
+    read_words(call, ring, ring.seat, task.group, 0, task.words);
+  }
+
+  SPARSE_ATTN_DEVICE void receive(Task& task) const {
+    Scratch(call, computed_here(thread_number())).take(task.query);
+  }
+
+  SPARSE_ATTN_DEVICE void compute(const Task& task, Result& result) const {
+    if constexpr (ROUNDED) {
+      if (task.group.steps() <= STEPS_AHEAD) {
+        return attend_held(task, result.state, result.output);
       }
     }
+    attend_in_segments(task, result.state, result.output);
+  }
+
+  SPARSE_ATTN_DEVICE void store(const Group& group, Result& result) const {
+    const RowState& state = result.state;
+    const unsigned lane = computed_here(this->lane);
+    const int rows_end = ring.fact(seat, ROWS_END), rows_stored = ring.fact(seat, ROWS_STORED);
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = group.first_row() + static_cast<int>(lane / 4) + 8 * half;
+      // Padding rows may have seen a full list: they yield zeros and -inf like any row without keys.
+      const bool real = row < rows_end && state.sum[half] != 0.0f;
+      // A sum that is NaN makes the row NaN also where it was rounded.
+      factor[half] = !real ? 0.0f : ROUNDED ? 1.0f + 0.0f * state.sum[half] : inverse_of(state.sum[half]);
+      if (call.lse && row < rows_stored && lane % 4 == 0) {
+        ring.template pointer<float>(seat, LSES)[row] = real ? state.lse2(half) * LN_2 : -INFINITY;
+      }
+    }
+    scale_output<HEAD_DIM>(result.output, factor);
+    Scratch(call, computed_here(thread_number()))
+        .template write<ELEMENT, HEAD_DIM>(
+            result.output, ring.template pointer<char>(seat, OUTPUTS), call.output, group.first_row(), rows_stored);
   }
 
  private:
-  // Takes a group that no warp has taken yet, of the item or else of the next one, and sends for what it needs first.
-  SPARSE_ATTN_DEVICE void look_ahead(Task& task) {
-    int turn = ring.take_turn();
-    if (turn < 0 && ring.advance_at_once()) {
-      turn = ring.take_turn();
-    }
-    task.exists = turn >= 0;
-    if (task.exists) {
-      task.group = ring.group_of(turn);
-      const Scratch scratch(call, computed_here(thread_number()));
-      const int first_row = task.group.first_row(), rows_end = ring.fact(ring.seat, ROWS_END);
-      char* queries = ring.template pointer<char>(ring.seat, QUERIES) + scratch.byte();
-#pragma unroll
-      for (int turn = 0; turn < Scratch::TURNS; ++turn) {
-        const int row = first_row + scratch.row(turn);
-        copy_async(scratch.piece(turn), row_of(queries, call.query, row), row >= rows_end);
-      }
-      read_words<STEPS_AHEAD>(ring.seat, task.group, 0, task.words);
-    }
-    commit_copies();
-  }
-
-  // Takes the queries that were sent for before the last group of copies was. The scratch is free then.
-  SPARSE_ATTN_DEVICE void collect(Task& task) const {
-    await_copies<1>();
-    warp_barrier();
-    if (task.exists) {
-      const Scratch scratch(call, computed_here(thread_number()));
-#pragma unroll
-      for (int part = 0; part < HEAD_DIM / 16; ++part) {
-        load_matrices(task.query[part], scratch.left_factor(part));
-      }
-    }
-  }
-
-  // The list from step `first` on, a key a lane: in the upper half of a word where its rows lie in shared memory.
-  template <int STEPS>
-  SPARSE_ATTN_DEVICE void read_words(Seat seat, const Group& group, int first, uint32_t (&word)[STEPS]) const {
-    const uint32_t* list = call.lists.words + static_cast<int64_t>(group.first_step) * 32 + computed_here(lane);
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      word[i] = first + i < group.steps() ? list[(first + i) * 32] : 0;
-    }
-#pragma unroll 1
-    for (int step = max(first, group.partial()); step < min(first + STEPS, group.steps()); ++step) {
-      const uint32_t shown = without_hidden(seat, group, list[step * 32]);
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) {
-        word[i] = first + i == step ? shown : word[i];
-      }
-    }
-  }
-
-  // A word without the bits of what lengths, padding and causality hide. Keys past the end are not in shared memory:
-  // the first row, of which nothing is used then, takes their place.
-  SPARSE_ATTN_DEVICE uint32_t without_hidden(Seat seat, const Group& group, uint32_t word) const {
-    const int key = static_cast<int>((word >> 16) / ROW_BYTES);
-    const bool exists = key < ring.fact(seat, KEYS_END);
-    bool shown = exists;
-    if (call.key_padding && exists) {
-      shown = call.key_padding[static_cast<int64_t>(ring.fact(seat, SEQUENCE)) * call.key_len + key];
-    }
-    uint32_t bits = 0;
-    if (call.causal) {
-      uint32_t rows = shown ? 0xffffu : 0;
-      if (key > group.first_row()) {
-        rows = key < group.first_row() + GROUP_ROWS ? rows << (key - group.first_row()) & 0xffffu : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < STEP_KEYS / 4; ++i) {
-        const int tile = i / 2, side = i % 2;
-        const uint32_t seen = from_lane(rows, 8 * tile + 2 * (lane % 4) + side) >> (lane / 4);
-        bits |= (seen & 1) << (4 * tile + side) | (seen >> 8 & 1) << (4 * tile + side + 2);
-      }
-    } else {
-      bits = ballot(shown) >> (2 * (lane % 4)) & 0x03030303u;  // two keys of a tile in each byte
-      bits |= bits << 2;                                       // and for both rows
-      bits = (bits | bits >> 4) & 0x00ff00ffu;
-      bits = bits | bits >> 8;
-    }
-    return (exists ? word & 0xffff0000u : 0) | (word & bits & 0xffffu);
-  }
-
-  SPARSE_ATTN_DEVICE void attend(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
-    if constexpr (ROUNDED) {
-      if (task.group.steps() <= STEPS_AHEAD) {
-        return attend_held(task, state, output);
-      }
-    }
-    attend_in_segments(task, state, output);
-  }
-
   SPARSE_ATTN_DEVICE void attend_held(const Task& task, RowState& state, Output<HEAD_DIM>& output) const {
     const int steps = task.group.steps();
     Scores<STEPS_AHEAD> scores;
@@ -284,7 +162,7 @@ class Warp {
       segment[i] = following[i];
     }
     const int next_first = first + SEGMENT_STEPS;
-    read_words<SEGMENT_STEPS>(seat, task.group, next_first < task.group.steps() ? next_first : 0, following);
+    read_words(call, ring, seat, task.group, next_first < task.group.steps() ? next_first : 0, following);
     score<SEGMENT_STEPS>(task, first, segment, scores);
   }
 
@@ -316,56 +194,16 @@ class Warp {
       }
     }
   }
-
-  SPARSE_ATTN_DEVICE void store(const Group& group, const RowState& state, Output<HEAD_DIM>& output) const {
-    const unsigned lane = computed_here(this->lane);
-    const int rows_end = ring.fact(seat, ROWS_END), rows_stored = ring.fact(seat, ROWS_STORED);
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = group.first_row() + static_cast<int>(lane / 4) + 8 * half;
-      // Padding rows may have seen a full list: they yield zeros and -inf like any row without keys.
-      const bool real = row < rows_end && state.sum[half] != 0.0f;
-      // A sum that is NaN makes the row NaN also where it was rounded.
-      factor[half] = !real ? 0.0f : ROUNDED ? 1.0f + 0.0f * state.sum[half] : inverse_of(state.sum[half]);
-      if (call.lse && row < rows_stored && lane % 4 == 0) {
-        ring.template pointer<float>(seat, LSES)[row] = real ? state.lse2(half) * LN_2 : -INFINITY;
-      }
-    }
-    scale_output<HEAD_DIM>(output, factor);
-    // Through shared memory: there lanes put what they have of a row, and take 16 bytes of one.
-    const Scratch scratch(call, computed_here(thread_number()));
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-        uint32_t chunk[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float (&values)[4] = output[4 * block + i];
-          chunk[i] = pack<ELEMENT>(values[2 * half], values[2 * half + 1]);
-        }
-        store_matrices(scratch.matrix_row(half, block), chunk);
-      }
-    }
-    warp_barrier();
-    char* outputs = ring.template pointer<char>(seat, OUTPUTS) + scratch.byte();
-#pragma unroll
-    for (int turn = 0; turn < Scratch::TURNS; ++turn) {
-      const int row = group.first_row() + scratch.row(turn);
-      uint32_t piece[4];
-      load_shared_words(piece, scratch.piece(turn));
-      if (row < rows_stored) {
-        store_words(row_of(outputs, call.output, row), piece);
-      }
-    }
-    warp_barrier();
-  }
 };
 
 template <Element ELEMENT, int HEAD_DIM, Rounding ROUNDING>
-SPARSE_ATTN_DEVICE void attend_in_block(const AttentionCall& call) {
-  Warp<ELEMENT, HEAD_DIM, ROUNDING>(call).run();
-}
+struct Forward {
+  using Call = AttentionCall;
+  static constexpr int MOST_THREADS = FORWARD_THREADS;
+
+  static SPARSE_ATTN_DEVICE void run(const Call& call) {
+    Warp<ELEMENT, HEAD_DIM, ROUNDING>(call).run();
+  }
+};
 
 }  // namespace sparse_attn

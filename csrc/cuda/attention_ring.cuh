@@ -322,6 +322,8 @@ class Ring {
       set(slot, GROUPS, (count_bits(live) - place.part + call.parts - 1) / call.parts);
       set(slot, GROUPS_TAKEN, 0);
       set(slot, SEQUENCE, place.sequence);
+      set(slot, HEAD, place.head);
+      set(slot, FIRST_TOKEN, place.first_token);
       set_pointer(slot, QUERIES, first_row_of(call.query, place));
       set_pointer(slot, OUTPUTS, first_row_of(call.output, place));
       if (call.lse) {

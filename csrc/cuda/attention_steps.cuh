@@ -11,7 +11,7 @@ namespace sparse_attn {
 enum class Rounding { None, EightLevels, Table };
 
 constexpr int TILES = STEP_KEYS / 8;  // accumulators of a step
-constexpr float LN_2 = 0.693147180559945309417f;
+constexpr float LN_2 = 0.693147180559945309417f, LOG2_E = 1.44269504088896340736f;
 
 // Scores of a lane: [step][tile][2 rows][2 keys].
 template <int STEPS>

@@ -185,6 +185,15 @@ SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {
       : "memory");
 }
 
+// Two floats from global memory that no kernel writes meanwhile, and to it.
+SPARSE_ATTN_DEVICE void load_pair(const float* from, float& first, float& second) {
+  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(first), "=f"(second) : "l"(from));
+}
+
+SPARSE_ATTN_DEVICE void store_pair(float* to, float first, float second) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
+}
+
 // Four matrices of 8 rows of 16 bytes; lane l says where row l % 8 of matrix l / 8 lies. Lane l gets of each matrix
 // word l % 4 of row l / 4.
 SPARSE_ATTN_DEVICE void load_matrices(uint32_t (&word)[4], uint32_t row) {
@@ -248,6 +257,18 @@ SPARSE_ATTN_DEVICE uint32_t pack(float low, float high) {
   return word;
 }
 
+template <Element ELEMENT>
+SPARSE_ATTN_DEVICE void unpack(uint32_t word, float (&number)[2]) {
+  if constexpr (ELEMENT == Element::Float16) {
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(number[0]), "=f"(number[1])
+        : "r"(word));
+  } else {
+    number[0] = __uint_as_float(word << 16);
+    number[1] = __uint_as_float(word & 0xffff0000u);
+  }
+}
+
 // 2 ** x, off by at most 2 units in the last place.
 SPARSE_ATTN_DEVICE float exp2_of(float x) {
   float y;
@@ -292,6 +313,10 @@ SPARSE_ATTN_DEVICE uint32_t ballot(bool predicate) {
 
 SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane) {
   return __shfl_sync(ALL_LANES, word, lane);
+}
+
+SPARSE_ATTN_DEVICE float from_lane(float number, int lane) {
+  return __shfl_sync(ALL_LANES, number, lane);
 }
 
 // The same number in all lanes, which the compiler then knows.

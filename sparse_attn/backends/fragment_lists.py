@@ -1,4 +1,4 @@
-"""Column lists in the form that the CUDA kernel of `csrc` wants: steps of 32 keys, a key a lane."""
+"""Column lists in the form that the CUDA kernels of `csrc` want: steps of 32 keys, a key a lane."""
 
 from __future__ import annotations
 
@@ -61,22 +61,23 @@ class FragmentLists:
         return [self.words, self.first_steps, self.counts, self.order, self.places, self.tickets]
 
 
-def fragment_lists(layout: SparseLayout, row_bytes: int) -> FragmentLists:
-    """Compiles the first 512 queries and keys of a layout, for keys of 64 or 128 bytes.
+def fragment_lists(layout: SparseLayout, row_bytes: int, transposed: bool = False) -> FragmentLists:
+    """Compiles the first 512 queries and keys of a layout, for rows of 64 or 128 bytes.
 
     The order of keys within a step is free, and so is each key's swizzle: together they are chosen so that the rows
-    that are read together lie in different banks.
+    that are read together lie in different banks. Of the transposed mask, queries and keys have each other's places.
     """
     if max(layout.query_len, layout.key_len) > MAX_LENGTH:
         layout = SparseLayout(layout.keep()[:, :MAX_LENGTH, :MAX_LENGTH])
-    lists = layout.lists(GROUP_ROWS)
+    lists = layout.lists(GROUP_ROWS, transposed)
+    key_len = layout.query_len if transposed else layout.key_len
     stops = lists.stops[:, 0].cpu().numpy()
     keys, bits, steps = _steps(stops, lists.columns.cpu().numpy(), lists.row_bits[:, 0].cpu().numpy())
     counts = (stops - stops[:, :1]).reshape(layout.heads, -1, stops.shape[1])
     head_of_step = np.repeat(np.arange(len(stops)) // counts.shape[1], steps)
-    classes = _bank_classes(keys, head_of_step, layout.heads, layout.key_len, row_bytes)
+    classes = _bank_classes(keys, head_of_step, layout.heads, key_len, row_bytes)
     keys, bits = _dealt(keys, bits, classes[head_of_step[:, None], keys])
-    places = np.arange(layout.key_len) * row_bytes + classes % (row_bytes // 16) * 16
+    places = np.arange(key_len) * row_bytes + classes % (row_bytes // 16) * 16
     rows = places[head_of_step[:, None], keys]
     return FragmentLists(
         _on(layout.device, (rows << 16 | _fragment_bits(bits)).astype(np.uint32).view(np.int32)),
@@ -87,7 +88,7 @@ def fragment_lists(layout: SparseLayout, row_bytes: int) -> FragmentLists:
         new_tickets(layout.device),
         tuple((-steps.reshape(layout.heads, -1)[:MAX_ORDERED_HEADS].sum(1)).argsort(kind="stable").tolist()),
         lists.full,
-        layout.key_len,
+        key_len,
     )
 
 

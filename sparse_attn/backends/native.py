@@ -1,4 +1,4 @@
-"""Attention by the C++ and CUDA kernels of `csrc`: on CPUs forward and backward, on NVIDIA GPUs forward."""
+"""Attention by the C++ and CUDA kernels of `csrc`, on CPUs and NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -46,16 +46,20 @@ def known_to_be_faster(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, rounded: bool, training: bool
 ) -> bool:  # fmt: skip
     """Whether the kernel for GPUs was measured to beat the Triton kernel for such calls on the GPU of the layout."""
-    on_gpu = layout.device.type == "cuda" and not training and native_cuda.built()
-    return on_gpu and native_cuda.known_to_be_faster(layout, head_dim, dtype, rounded)
+    on_gpu = layout.device.type == "cuda" and native_cuda.built()
+    return on_gpu and native_cuda.known_to_be_faster(layout, head_dim, dtype, rounded, training)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return _kernels(call.query.device).forward(call)
 
 
+def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _kernels(call.query.device).backward(call, output, lse, grad_output)
+
+
 def _kernels(device: torch.device) -> ModuleType:
     return native_cuda if device.type == "cuda" else native_cpu
 
 
-register_backend(NAME, forward, native_cpu.backward)
+register_backend(NAME, forward, backward)

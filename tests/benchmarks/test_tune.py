@@ -190,7 +190,7 @@ def test_a_table_keeps_other_entries_and_refuses_other_devices(tmp_path):
     assert read_table(path).entries == ((Outcome.problem, GOOD), (second.problem, OTHER))
     assert [item.name for item in tmp_path.iterdir()] == ["some-gpu.json"]
     native = BlockConfig(4, 2, faster=True)
-    again.add_native(Outcome.problem, BlockConfig(), 2.0, 1.0, "squad384")
+    again.add_native(Outcome.problem, BlockConfig(12), 2.0, 1.0, "squad384")
     TableFile(path, "Some GPU", "sm_90").add_native(Outcome.problem, native, 1.0, 2.0, "squad384")
     assert read_table(path).native == ((Outcome.problem, native),) and len(read_table(path).entries) == 2
     assert read_table(path).architecture == "sm_90"

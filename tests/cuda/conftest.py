@@ -1,4 +1,4 @@
-"""The CUDA kernel on a GPU, and emulated on the CPU."""
+"""The CUDA kernels on a GPU, and emulated on the CPU."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
 
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory) -> None:
-    """The operator of the kernel for CPU tensors."""
+    """The operators of the kernels for CPU tensors."""
     if not COMPILERS:
         pytest.skip("there is no C++ compiler")
     library, folder = tmp_path_factory.mktemp("emulator") / "emulator.so", Path(torch.__file__).parent
@@ -34,7 +34,7 @@ def emulator(tmp_path_factory) -> None:
 
 @pytest.fixture(params=["emulated", pytest.param("gpu", marks=pytest.mark.skipif(not CUDA, reason="no GPU"))])
 def device(request, monkeypatch) -> str:
-    """Where the CUDA kernel computes what backend="native" asks for."""
+    """Where the CUDA kernels compute what backend="native" asks for."""
     if request.param == "gpu":
         if not native_cuda.built():
             pytest.skip("the extension was built without nvcc")

@@ -204,6 +204,20 @@ SPARSE_ATTN_DEVICE void store_words(void* to, const uint32_t (&word)[4]) {
   std::memcpy(to, word, 16);
 }
 
+SPARSE_ATTN_DEVICE void load_pair(const float* from, float& first, float& second) {
+  if (reinterpret_cast<uintptr_t>(from) % 8) {
+    emulator::fail("a load of 8 bytes is misaligned");
+  }
+  first = from[0], second = from[1];
+}
+
+SPARSE_ATTN_DEVICE void store_pair(float* to, float first, float second) {
+  if (reinterpret_cast<uintptr_t>(to) % 8) {
+    emulator::fail("a store of 8 bytes is misaligned");
+  }
+  to[0] = first, to[1] = second;
+}
+
 SPARSE_ATTN_DEVICE void load_matrices(uint32_t (&word)[4], uint32_t row) {
   const auto rows = emulator::exchange("load_matrices", row);
   const int lane = emulator::lane();
@@ -266,6 +280,12 @@ SPARSE_ATTN_DEVICE uint32_t pack(float low, float high) {
   return bits(low) | bits(high) << 16;
 }
 
+template <Element ELEMENT>
+SPARSE_ATTN_DEVICE void unpack(uint32_t word, float (&number)[2]) {
+  number[0] = emulator::element<ELEMENT>(word, 0);
+  number[1] = emulator::element<ELEMENT>(word, 1);
+}
+
 SPARSE_ATTN_DEVICE float exp2_of(float x) {
   return std::exp2(x);
 }
@@ -314,8 +334,9 @@ SPARSE_ATTN_DEVICE uint32_t ballot(bool predicate) {
   return word;
 }
 
-SPARSE_ATTN_DEVICE uint32_t from_lane(uint32_t word, int lane) {
-  return emulator::exchange("from_lane", word).of[lane % 32];
+template <class T>
+SPARSE_ATTN_DEVICE T from_lane(T own, int lane) {
+  return emulator::exchange("from_lane", own).of[lane % 32];
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-"""The CUDA kernel against the reference: emulated everywhere, and on a GPU where there is one."""
+"""The CUDA kernel of the forward pass against the reference: emulated everywhere, and on a GPU where there is one."""
 
 import pytest
 import torch
@@ -187,7 +187,7 @@ def test_refusals(device):
         (tensors, dict(dropout=0.1), "neither dropout nor a query_offset"),
         (tensors, dict(query_offset=3), "neither dropout nor a query_offset"),
         (tensors, dict(scale=-1.0), "the scale -1.0 is not positive"),
-        ([leaf, *tensors[1:]], {}, "no backward pass"),
+        ([leaf, *tensors[1:]], dict(bits=3), "the backward pass has neither rounding nor causality"),
         (odd, {}, "rows of the query are not multiples of 16 bytes apart"),
     ):
         with pytest.raises(RuntimeError, match=reason):

@@ -1,4 +1,4 @@
-"""The CUDA kernel compiles without a GPU, fits multiprocessors, and links into an extension that loads without one."""
+"""The CUDA kernels compile without a GPU, fit multiprocessors, and link into an extension that loads without one."""
 
 import re
 import subprocess
@@ -15,7 +15,10 @@ import nvcc  # noqa: E402
 COMPILER = nvcc.find()
 TARGETS = ("80", "90")  # what lies between and beyond has the same registers
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
-THREADS_OF_A_MULTIPROCESSOR = 384  # a block of 12 warps
+# Threads of a block, which has a multiprocessor to itself, and kernels of that name: for float16 and bfloat16, head_dim
+# 32 and 64, three ways of rounding.
+KERNELS = {"Forward": (384, 12), "QueryGradients": (256, 4), "KeyGradients": (256, 4)}
+COUNT = sum(kinds for _, kinds in KERNELS.values())
 MACRO = "TORCH_TARGET_VERSION=0x020b000000000000"
 
 pytestmark = [
@@ -39,14 +42,16 @@ def compiled(tmp_path_factory) -> tuple[Path, str]:
 def test_kernels_fit_and_spill_nothing(compiled):
     report = compiled[1]
     names = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", report)
-    # float16 and bfloat16, head_dim 32 and 64, three ways of rounding
-    assert {target for _, target in names} == set(TARGETS) and len(names) == 12 * len(TARGETS)
+    assert {target for _, target in names} == set(TARGETS) and len(names) == COUNT * len(TARGETS)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(registers) == len(spills) == len(names)
     assert set(spills) == {("0", "0", "0")}
-    rounded_up = -(-max(registers) // 8) * 8
-    assert rounded_up * THREADS_OF_A_MULTIPROCESSOR <= REGISTERS_OF_A_MULTIPROCESSOR
+    for kernel, (threads, kinds) in KERNELS.items():
+        own = [count for (name, _), count in zip(names, registers, strict=True) if f"{len(kernel)}{kernel}I" in name]
+        assert len(own) == kinds * len(TARGETS)
+        rounded_up = -(-max(own) // 8) * 8
+        assert rounded_up * threads <= REGISTERS_OF_A_MULTIPROCESSOR
 
 
 def test_kernels_use_the_instructions_they_are_made_for(compiled):
@@ -54,7 +59,7 @@ def test_kernels_use_the_instructions_they_are_made_for(compiled):
     cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
     listing = subprocess.run([cuobjdump, "-sass", compiled[0]], capture_output=True, text=True).stdout
     kernels = listing.split("Function :")[1:]
-    assert len(kernels) == 12 * len(TARGETS)
+    assert len(kernels) == COUNT * len(TARGETS)
     for kernel in kernels:
         for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS"):
             assert instruction in kernel
@@ -68,7 +73,8 @@ def test_the_object_links_into_a_library_that_loads_without_a_gpu(compiled, tmp_
 import torch
 from sparse_attn.backends import native_cuda
 torch.ops.load_library({str(library)!r})
-assert torch._C._dispatch_has_kernel_for_dispatch_key("sparse_attn::native_attention_cuda", "CUDA")
+for name in ("native_attention_cuda", "native_attention_gradients_cuda"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_attn::{{name}}", "CUDA")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

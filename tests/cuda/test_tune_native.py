@@ -38,10 +38,27 @@ def test_the_best_cut_and_whether_it_is_faster(place, tmp_path, monkeypatch, nat
             call()
         return next(times)
 
-    line = tune_native._tune(problem, Layouts(place), measure, TableFile(path, "Some GPU", "sm_90"), place)
+    line = tune_native.tune_forward(problem, Layouts(place), measure, TableFile(path, "Some GPU", "sm_90"), place)
     assert line == f"native {1e3 * native:.1f} us (12 warps, 1 parts), Triton {1e3 * triton:.1f} us"
     ((known, config),) = read_table(path).native
     assert config == BlockConfig(12, 1, faster) and (known.rounded, known.head_dim, known.key_len) == (True, 32, 48)
+
+
+def test_training_is_measured_apart(place, tmp_path):
+    problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32)
+    times = iter([[2.0, 1.0, 3.0], [1.0, 2.0]])
+
+    def measure(calls, seconds):
+        for call in calls:
+            call()
+        return next(times)
+
+    table = TableFile(tmp_path / "table.json", "Some GPU", "sm_90")
+    line = tune_native.tune_training(problem, Layouts(place), measure, table, place)
+    best = tune_native.BACKWARD_CONFIGS[1]
+    assert line == f"native 1000.0 us ({best.warps} warps, {best.parts} parts), Triton 2000.0 us"
+    ((known, config),) = read_table(tmp_path / "table.json").native
+    assert known.kernel == "backward" and config == BlockConfig(best.warps, best.parts, True)
 
 
 def test_wrong_results_are_not_timed(place, tmp_path, monkeypatch):
@@ -50,7 +67,7 @@ def test_wrong_results_are_not_timed(place, tmp_path, monkeypatch):
     problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32)
     table = TableFile(tmp_path / "table.json", "Some GPU", "sm_90")
     with pytest.raises(WrongResult, match="the Triton kernel's"):
-        tune_native._tune(problem, Layouts(place), None, table, place)
+        tune_native.tune_forward(problem, Layouts(place), None, table, place)
 
 
 def test_problems_are_what_the_kernel_computes():

@@ -198,7 +198,7 @@ def test_native_entries_say_what_is_faster(some_gpu, monkeypatch):
     """backend="auto" takes the native kernel first only where the table of the GPU says that it was faster."""
     monkeypatch.setattr(native_cuda, "built", lambda: True)
     element, rounded = (Problem("forward", bits, 64, 2, 384, 2.0) for bits in (False, True))
-    assert configuration.choose_native(element, some_gpu) == BlockConfig()
+    assert configuration.choose_native(element, some_gpu) == BlockConfig(12)
     best = BlockConfig(4, 2, faster=True)
     configuration.use_table(TuningTable("Some GPU 1", (), ((element, best), (rounded, BlockConfig(12, 1)))))
     assert configuration.choose_native(element, some_gpu) == best
@@ -209,6 +209,9 @@ def test_native_entries_say_what_is_faster(some_gpu, monkeypatch):
         layout.device = some_gpu
         return automatic(layout, head_dim, dtype, bits, training)
 
-    assert order() == ("native", "triton", "torch", "reference")
-    usual = AUTOMATIC["cuda"]
+    native_first, usual = ("native", "triton", "torch", "reference"), AUTOMATIC["cuda"]
+    assert order() == native_first
     assert order(bits=True) == order(training=True) == order(dtype=torch.float32) == order(head_dim=48) == usual
+    both = ((Problem("backward", False, 64, 2, 384, 2.0), BlockConfig(8, faster=True)),)
+    configuration.use_table(TuningTable("Some GPU 1", (), both))
+    assert order(training=True) == native_first and order() == order(bits=True, training=True) == usual

@@ -1,0 +1,151 @@
+"""The CUDA kernels of the backward pass against the reference: emulated everywhere, and on a GPU where there is one."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.error_budget import gradient_budget
+from sparse_attn import SparseLayout, sparse_attention
+from sparse_attn.backends import native_cuda
+from sparse_attn.backends.tickets import NONE
+from sparse_attn.kernels.configuration import BlockConfig
+from tests.helpers import gradients, random_inputs, random_layout
+
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.xdist_group("cuda")]
+HALVES = [torch.float16, torch.bfloat16]
+NAMES = ("query", "key", "value")
+
+
+def real_rows(grad_output, lengths):
+    """The gradient that counts: rows of padding have none to pass on."""
+    if lengths is None:
+        return grad_output
+    rows = torch.arange(grad_output.shape[2], device=grad_output.device)
+    return grad_output * (rows < lengths[:, None])[:, None, :, None]
+
+
+def check(layout, tensors, grad_output=None, scale=None, **arguments):
+    """Computes and compares."""
+    if grad_output is None:
+        grad_output = torch.randn(tensors[0].shape, device=tensors[0].device).to(tensors[0].dtype)
+    scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    arguments["scale"] = scale
+    ours = gradients(tensors, layout, grad_output, "native", **arguments)
+    doubles = [tensor.double() for tensor in tensors]
+    exact = gradients(doubles, layout, grad_output.double(), "reference", **arguments)
+    real = real_rows(grad_output, arguments.get("query_lengths"))
+    budget = gradient_budget(*tensors, real, layout, **arguments)
+    for name, own, true in zip(NAMES, ours, exact, strict=True):
+        assert own.dtype == tensors[0].dtype and torch.isfinite(own).all(), name
+        error = torch.linalg.vector_norm(own.double() - true, dim=(-2, -1))
+        assert (error <= getattr(budget, name) + 1e-12).all(), f"{name}: {error} of {getattr(budget, name)}"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("length", [1, 15, 17, 63, 129, 200])
+def test_lengths(device, length, dtype):
+    layout = random_layout(2, max(length, 20), 0.8, device)
+    lengths = torch.tensor([length, (length + 1) // 2, 0], device=device)
+    tensors = random_inputs((3, 2, length, 64), dtype, device)
+    check(layout, tensors, key_lengths=lengths, query_lengths=lengths)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("granularity", ["element", "tile"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.97])
+def test_masks_and_head_dims(device, sparsity, granularity, head_dim):
+    layout = random_layout(3, 144, sparsity, device, granularity)
+    check(layout, random_inputs((2, 3, 130, head_dim), torch.float16, device), scale=0.2)
+
+
+def test_packed(device):
+    lengths = (63, 0, 129, 16, 1)
+    layout = random_layout(2, 200, 0.8, device)
+    tensors = random_inputs((sum(lengths), 2, 64), torch.float16, device)
+    grad_output = torch.randn_like(tensors[0])
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    ours = gradients(tensors, layout, grad_output, "native", cu_seqlens=cu_seqlens)
+    for start, length in zip(cu_seqlens.tolist(), lengths):
+        parts = [t[start : start + length].transpose(0, 1).unsqueeze(0) for t in (*tensors, grad_output)]
+        if length == 0:
+            continue
+        alone = gradients(parts[:3], layout, parts[3], "native")
+        check(layout, parts[:3], parts[3])
+        for own, true in zip(ours, alone, strict=True):
+            assert torch.equal(own[start : start + length].transpose(0, 1).unsqueeze(0), true)
+
+
+def test_rows_and_columns_without_anything(device):
+    keep = torch.rand(3, 100, 100) > 0.8
+    keep[0, 16:48] = False
+    keep[1, :, 30:90] = False
+    keep[2] = False
+    check(SparseLayout(keep.to(device)), random_inputs((1, 3, 96, 64), torch.float16, device))
+
+
+def test_what_padding_holds_does_not_matter(device):
+    tensors = [*random_inputs((2, 2, 60, 64), torch.float16, device), torch.randn(2, 2, 60, 64).to(device).half()]
+    layout = random_layout(2, 64, 0.6, device)
+    lengths = torch.tensor([60, 23], device=device)
+    padding = (torch.arange(60, device=device) >= lengths[:, None])[:, None].expand(2, 2, 60)
+    dirty = [tensor.clone() for tensor in tensors]
+    for tensor in dirty:
+        tensor[padding] = float("nan")
+    arguments = dict(key_lengths=lengths, query_lengths=lengths)
+    clean = gradients(tensors[:3], layout, tensors[3], "native", **arguments)
+    for own, true in zip(gradients(dirty[:3], layout, dirty[3], "native", **arguments), clean, strict=True):
+        assert torch.equal(own, true) and (own[padding] == 0).all()
+
+
+def test_other_shapes_and_strides(device):
+    """More keys than queries, rows of heads beside each other, gradients that are broadcast; nothing at all."""
+    layout = random_layout(2, 80, 0.5, device)
+    whole = torch.randn(2, 80, 3, 2, 64).to(device, torch.float16)
+    query, key, value = (whole[:, :, i].transpose(1, 2) for i in range(3))
+    check(layout, (query[:, :, :33], key, value))
+    check(layout, (query, key, value), torch.randn(2, 80, 2, 64).to(device, torch.float16).transpose(1, 2))
+    check(layout, (query, key, value), torch.ones(1, 1, 1, 1, device=device).half().expand(2, 2, 80, 64))
+    for batch, length in ((0, 5), (2, 0)):
+        empty = random_inputs((batch, 2, length, 64), torch.float16, device)
+        assert all(one.shape == (batch, 2, length, 64) for one in gradients(empty, layout, empty[0], "native"))
+
+
+@pytest.mark.parametrize(("warps", "parts"), [(1, 1), (4, 2), (8, 1), (3, 5)])
+def test_every_way_to_cut_a_head_computes_the_same(device, warps, parts, monkeypatch):
+    tensors = random_inputs((2, 2, 130, 64), torch.float16, device)
+    keep = random_layout(2, 144, 0.8, "cpu").keep().to(device)
+    usual = gradients(tensors, SparseLayout(keep), tensors[0], "native")
+    monkeypatch.setattr(native_cuda, "choice", lambda *_: BlockConfig(warps, parts))
+    monkeypatch.setattr(native_cuda, "ticket_of", lambda *_: NONE)
+    own = gradients(tensors, SparseLayout(keep), tensors[0], "native")
+    assert all(torch.equal(one, other) for one, other in zip(own, usual, strict=True))
+
+
+def test_refusals(device):
+    tensors = [tensor.requires_grad_() for tensor in random_inputs((1, 2, 40, 64), torch.float16, device)]
+    layout = random_layout(2, 48, 0.5, device)
+    padding = torch.ones(1, 40, dtype=torch.bool, device=device)
+    for arguments in (dict(causal=True), dict(key_padding_mask=padding)):
+        with pytest.raises(RuntimeError, match="the backward pass has neither rounding nor causality"):
+            sparse_attention(*tensors, layout, backend="native", **arguments)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_calls(device, data):
+    draw = data.draw
+    batch, heads, mask_len = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 160))
+    query_len, key_len = draw(st.integers(1, mask_len)), draw(st.integers(1, mask_len))
+    layout = random_layout(
+        heads, mask_len, draw(st.sampled_from([0.0, 0.5, 0.9, 0.999])), device,
+        draw(st.sampled_from(["element", "tile"])), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
+    head_dim, dtype = draw(st.sampled_from([32, 64])), draw(st.sampled_from(HALVES))
+    query = random_inputs((batch, heads, query_len, head_dim), dtype, device)[0]
+    key, value = random_inputs((batch, heads, key_len, head_dim), dtype, device)[:2]
+    arguments = {}
+    for name, length in (("query_lengths", query_len), ("key_lengths", key_len)):
+        if draw(st.booleans()):
+            arguments[name] = torch.tensor([draw(st.integers(0, length)) for _ in range(batch)], device=device)
+    check(layout, (query, key, value), **arguments)
