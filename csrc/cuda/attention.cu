@@ -18,7 +18,8 @@ void check(cudaError_t status, const char* what) {
 }
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::MOST_THREADS, 1) kernel(const __grid_constant__ typename Kernel::Call call) {
+__global__ void __launch_bounds__(Kernel::MOST_THREADS, 1)
+    attention_kernel(const __grid_constant__ typename Kernel::Call call) {
   Kernel::run(call);
 }
 
@@ -51,10 +52,10 @@ class Gpu {
     // The same for every call: others may be started by other threads, or captured in the same graph.
     const auto bytes = static_cast<int>(limits_.shared_bytes);
     check(
-        cudaFuncSetAttribute(kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        cudaFuncSetAttribute(attention_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "reserving shared memory for a block");
     const auto blocks = static_cast<unsigned>(launch.blocks), threads = static_cast<unsigned>(launch.threads);
-    kernel<Kernel><<<blocks, threads, launch.shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(call);
+    attention_kernel<Kernel><<<blocks, threads, launch.shared_bytes, static_cast<cudaStream_t>(launch.stream)>>>(call);
     check(cudaGetLastError(), "starting an attention kernel");
   }
 };
