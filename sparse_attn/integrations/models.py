@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -58,7 +59,12 @@ BERT = FAMILIES[0]
 
 def is_a(module: nn.Module, name: str | None) -> bool:
     """Whether a module is of the class of transformers with this name."""
-    return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+    return _is_class(type(module), name)
+
+
+@cache
+def _is_class(kind: type, name: str | None) -> bool:
+    return any(cls.__name__ == name and cls.__module__.startswith("transformers.") for cls in kind.__mro__)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,9 @@ _ACTIVATED = "sparse_attention_activated"  # of a tensor: the activation has bee
 _WIDTH = "sparse_attention_width"  # of a block with a feed-forward part: features between its layers
 _REUSED_BYTES = 1 << 25  # glibc's malloc returns larger blocks to the system, whatever its settings have adapted to
 _PIECE_BYTES = 1 << 24
+_LEAST_ROWS = (
+    256  # a call of the operator, and what leads to it, take longer than torch's own: some rows must pay for it
+)
 
 
 def onednn_dtypes() -> list[torch.dtype]:
@@ -149,13 +152,14 @@ class _FusingBlock(_InPieces):
     """
 
     def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
         linear, activation = (getattr(self, name) for name in self.names)
         algorithm = _gelu_algorithm(activation)
         # What a hook or another forward method would see between the two is left to them.
         alone = type(linear) is OneDNNLinear and isinstance(activation, _FusedActivation) and algorithm is not None
         if (
             not alone
-            or torch.compiler.is_compiling()
             or linear._forward_hooks
             or activation._forward_pre_hooks
             or "forward" in linear.__dict__
@@ -205,7 +209,11 @@ def _gelu_algorithm(activation: object) -> str | None:
 
 
 def _usable(module: nn.Linear, input: Tensor) -> bool:
-    """The operator has no gradients and no autocast, and takes plain tensors of one dtype."""
+    """The operator has no gradients and no autocast, and takes plain tensors of one dtype. Numbers of rows must recur,
+    but in bfloat16, where torch's own way is oneDNN too."""
+    rows = input.numel() // (input.shape[-1] or 1)
+    if rows < _LEAST_ROWS:
+        return False
     weight, bias = module.weight, module.bias
     if (
         torch.compiler.is_compiling()
@@ -222,13 +230,7 @@ def _usable(module: nn.Linear, input: Tensor) -> bool:
         input.device.type == weight.device.type == "cpu"
         and input.dtype == weight.dtype
         and input.dtype in onednn_dtypes()
-        and _recurs(input)
+        and (input.dtype == torch.bfloat16 or rows == recurring_rows(rows))
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
     )
-
-
-def _recurs(input: Tensor) -> bool:
-    """Whether the number of rows does. torch's own way in bfloat16 is oneDNN too, so it does not matter there."""
-    rows = input.numel() // input.shape[-1]
-    return input.dtype == torch.bfloat16 or rows == recurring_rows(rows)

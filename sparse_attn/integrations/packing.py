@@ -32,15 +32,15 @@ class Packing:
     padding: Tensor | None
 
     @classmethod
-    def of(cls, real: Tensor) -> Packing | None:
-        """The packing of a padding mask, bool [batch, length]. None where there is nothing to gain: all tokens are
-        real, or none. Waits for the device, since the shapes of what follows depend on it."""
+    def of(cls, real: Tensor) -> Packing | bool:
+        """The packing of a padding mask, bool [batch, length]. Where there is nothing to gain, whether all tokens are
+        real or none is. Waits for the device, since the shapes of what follows depend on it."""
         batch, length = real.shape
         lengths = real.sum(1)
         at_end = (real == (torch.arange(length, device=real.device) < lengths[:, None])).all()
         tokens, longest, right = torch.stack((lengths.sum(), lengths.amax(), at_end)).tolist()
         if tokens in (0, batch * length):
-            return None
+            return tokens > 0
         places = real.flatten().nonzero()[:, 0]
         if real.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             rows = min(recurring_rows(tokens), batch * length)

@@ -22,6 +22,7 @@ ATTENTION_NAME = "sparse_attn"
 STATE = "sparse_attention"
 _SELF_ATTENTION = frozenset(family.attention for family in FAMILIES)
 _LAYER, _COUNTER = "sparse_attention_layer", "sparse_attention_counter"
+_LENGTHS = "sparse_attention_lengths"  # of a pass's padding mask: where each sequence ends
 
 
 class SparseAttentionState(nn.Module):
@@ -191,7 +192,7 @@ def checked_padding(attention_mask: Tensor | None, key: Tensor) -> Tensor | None
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, length] with shape "
             f"{(batch, key_len)}: one value per token of input_ids, those in a key-value cache included"
         )
-    return attention_mask.expand(batch, -1)
+    return attention_mask if attention_mask.shape[0] == batch else attention_mask.expand(batch, -1)
 
 
 def _padded(
@@ -201,18 +202,24 @@ def _padded(
     """Attention of padded tensors [batch, heads, length, head_dim]; `real` is the padding mask [batch, key_len]."""
     query_len, key_len = query.shape[2], key.shape[2]
     query_offset = key_len - query_len  # with a key-value cache the queries are the last positions
-    lengths = None
-    if real is not None:
-        # Where the last real token ends. No look at the values: the host need not wait, and compilation sees no branch.
-        lengths = (real * torch.arange(1, key_len + 1, device=key.device)).amax(1)
+    lengths = None if real is None else _lengths(real)
     call = call | dict(
         query_offset=query_offset, key_lengths=lengths, key_padding_mask=real,
-        query_lengths=None if lengths is None else (lengths - query_offset).clamp(min=0),
+        query_lengths=lengths if lengths is None or query_offset == 0 else (lengths - query_offset).clamp(min=0),
     )  # fmt: skip
     if output_attentions:
         output, probabilities = attention_probabilities(query, key, value, layout, **call)
         return output.transpose(1, 2).contiguous(), probabilities
     return sparse_attention(query, key, value, layout, backend=backend, **call).transpose(1, 2), None
+
+
+def _lengths(real: Tensor) -> Tensor:
+    """Where the last real token of each sequence ends: int32 [batch], for a padding mask [batch, key_len]. No look at
+    the values: the host need not wait, and compilation sees no branch."""
+    lengths = getattr(real, _LENGTHS, None)
+    if lengths is None:
+        lengths = (real * torch.arange(1, real.shape[1] + 1, dtype=torch.int32, device=real.device)).amax(1)
+    return lengths
 
 
 def padding_mask(
@@ -234,7 +241,11 @@ def padding_mask(
         return None
     if attention_mask.ndim != 2:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, length]")
-    return attention_mask.to(torch.bool)
+    if torch.compiler.is_compiling():
+        return attention_mask.to(torch.bool)
+    real = attention_mask.to(torch.bool, copy=True)  # this pass's own: nobody changes it
+    setattr(real, _LENGTHS, _lengths(real))
+    return real
 
 
 def _dense(

@@ -17,6 +17,7 @@ from .models import Encoder
 from .packing import Packing
 
 _MODE, _HANDLES = "sparse_attention_unpad", "sparse_attention_unpadding_hooks"
+_CHUNKING = "sparse_attention_chunking"  # of a stack: its blocks that can compute feed-forward parts in chunks
 
 
 def set_unpadding(encoder: Encoder, unpad: bool | None) -> None:
@@ -26,6 +27,8 @@ def set_unpadding(encoder: Encoder, unpad: bool | None) -> None:
         return
     for stack in encoder.stacks:
         setattr(stack, _MODE, unpad)
+        chunking = tuple(module for module in stack.modules() if hasattr(module, "chunk_size_feed_forward"))
+        stack.__dict__[_CHUNKING] = chunking
         handles = [
             stack.register_forward_pre_hook(_drop_padding, with_kwargs=True),
             stack.register_forward_hook(_restore_padding, with_kwargs=True),
@@ -41,6 +44,7 @@ def remove_unpadding(encoder: Encoder) -> None:
         for handle in stack.__dict__.pop(_HANDLES, ()):
             handle.remove()
         stack.__dict__.pop(_MODE, None)
+        stack.__dict__.pop(_CHUNKING, None)
 
 
 def unpadding_mode(encoder: Encoder) -> bool | None:
@@ -54,10 +58,11 @@ def _drop_padding(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     if not isinstance(mask, Tensor) or mask.shape != hidden.shape[:2] or not _possible(stack, hidden, kwargs):
         return None
     packing = Packing.of(mask)
-    if packing is None:
+    if packing is False:
         return None
-    packed = packing.packed(hidden)
-    return (packed, packing, *args[2:]), {
+    # Without any padding no layer needs to look at the mask.
+    replaced = (hidden, None) if packing is True else (packing.packed(hidden), packing)
+    return (*replaced, *args[2:]), {
         name: value for name, value in kwargs.items() if name not in ("hidden_states", "attention_mask")
     }
 
@@ -67,7 +72,7 @@ def _possible(stack: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
     wants shapes that do not depend on data. Raises RuntimeError while a CUDA graph is captured, which does too."""
     if kwargs.get("past_key_values") is not None or kwargs.get("encoder_hidden_states") is not None:
         return False
-    if any(getattr(module, "chunk_size_feed_forward", 0) for module in stack.modules()):
+    if any(block.chunk_size_feed_forward for block in getattr(stack, _CHUNKING)):
         return False
     if getattr(stack, _MODE) is not None:
         return True
@@ -98,7 +103,7 @@ def _restore_hidden_states(model: nn.Module, args: tuple, kwargs: dict[str, Any]
         return None
     mask = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
     packing = Packing.of(mask.bool()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    if packing is None:
+    if not isinstance(packing, Packing):
         return None
 
     def restored(value: Any) -> Any:

@@ -69,7 +69,7 @@ class OnGpu(torch.Tensor):
 def test_unpadding_while_a_cuda_graph_is_captured(monkeypatch):
     """Refused by name; but torch.compile cannot trace the question and gets its answer without."""
     stack = torch.nn.Module().eval()
-    stack.sparse_attention_unpad = None
+    stack.sparse_attention_unpad, stack.sparse_attention_chunking = None, ()
     hidden = torch.zeros(1).as_subclass(OnGpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA graph is being captured.*unpad=False"):

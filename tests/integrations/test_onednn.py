@@ -22,6 +22,12 @@ ONEDNN, LINEAR = "mkldnn._linear_pointwise.default", "aten.addmm.default"
 GELU, TANH = "aten.gelu.default", "aten.tanh.default"
 
 
+@pytest.fixture(autouse=True)
+def any_rows(monkeypatch):
+    """The inputs here are small."""
+    monkeypatch.setattr(onednn, "_LEAST_ROWS", 1)
+
+
 class Operators(TorchDispatchMode):
     """Counts operators by name."""
 
@@ -60,6 +66,16 @@ def test_every_family(name, dtype):
     assert usual[ONEDNN] == 0 and counts[ONEDNN] >= 6 * MASK.layers and counts[LINEAR] <= 1
     assert counts[ONEDNN] + counts[LINEAR] == usual[LINEAR]
     assert counts[GELU] == 0 and counts[TANH] <= 1
+
+
+def test_few_rows_are_left_to_torch(bert, monkeypatch):
+    """The operator costs more than it gains there."""
+    inputs = padded_inputs()
+    rows = int(inputs["attention_mask"].sum())
+    patch_model(bert, MASK, onednn=True)
+    for least, uses in ((rows, True), (rows + 1, False)):
+        monkeypatch.setattr(onednn, "_LEAST_ROWS", least)
+        assert (operators_of(bert, inputs)[1][ONEDNN] > 0) == uses
 
 
 ACTIVATIONS = ["gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]

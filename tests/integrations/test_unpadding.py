@@ -195,7 +195,18 @@ def test_packing_there_and_back():
     with torch.no_grad():
         assert Packing.of(torch.arange(140).view(1, -1) < 130).rows == 132
         assert Packing.of(torch.arange(131).view(1, -1) < 130).rows == 131  # never more than with padding
-    assert Packing.of(torch.ones_like(real)) is None and Packing.of(torch.zeros_like(real)) is None
+    assert Packing.of(torch.ones_like(real)) is True and Packing.of(torch.zeros_like(real)) is False
+
+
+def test_layers_see_no_mask_where_nothing_is_padding(model):
+    patch_bert(model, MASK)
+    seen = []
+    model.encoder.layer[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    inputs = inputs_of("right", (9, 9))
+    with torch.no_grad():
+        whole = model(**inputs).last_hidden_state
+        alone = model(**{**inputs, "attention_mask": None}).last_hidden_state
+    assert seen == [None, None] and torch.equal(whole, alone)
 
 
 def test_numbers_of_rows_recur():
