@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
-from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
@@ -81,9 +80,11 @@ def sparse_attention(
     )  # fmt: skip
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     chosen = choose_backend(call, layout, training, backend)
-    tensors, sizes = _layout_arguments(chosen, layout, query.shape[-1], query.dtype, call.table, training)
-    need_lse = return_lse or (training and chosen.BACKWARD_USES_LSE)
-    output, lse = run(replace(call, layout=tensors, layout_sizes=sizes, need_lse=need_lse), chosen.NAME)
+    call.layout, call.layout_sizes = _layout_arguments(
+        chosen, layout, query.shape[-1], query.dtype, call.table, training
+    )
+    call.need_lse = return_lse or (training and chosen.BACKWARD_USES_LSE)
+    output, lse = run(call, chosen.NAME, training)
     return (output, lse) if return_lse else output
 
 
@@ -115,8 +116,10 @@ def attention_probabilities(
         query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, None, None,
         causal, query_offset, dropout,
     )  # fmt: skip
-    tensors, sizes = _layout_arguments(reference, layout, query.shape[-1], query.dtype, call.table, False)
-    attended = reference.attend(replace(call, layout=tensors, layout_sizes=sizes), reference.padded_row_numbers(query))
+    call.layout, call.layout_sizes = _layout_arguments(
+        reference, layout, query.shape[-1], query.dtype, call.table, False
+    )
+    attended = reference.attend(call, reference.padded_row_numbers(query))
     return attended.output, attended.used.to(query.dtype)
 
 

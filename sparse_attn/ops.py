@@ -12,11 +12,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .quantization import QuantizationTable
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class AttentionCall:
     """The arguments of one attention call, as a backend gets them.
 
@@ -89,8 +91,11 @@ torch.library.define(
 )
 
 
-def run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
-    """Runs the operator: output in the shape and dtype of the query, lse float32."""
+def run(call: AttentionCall, backend: str, training: bool) -> tuple[Tensor, Tensor]:
+    """Runs the operator: output in the shape and dtype of the query, lse float32. `training`: whether gradients are
+    wanted."""
+    if not (training or _is_watched(call.query)):
+        return _FORWARD[backend](call)
     table = call.table
     return torch.ops.sparse_attn.attention(
         call.query, call.key, call.value, call.layout, list(call.layout_sizes),
@@ -98,6 +103,18 @@ def run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
         call.scale, list(table.levels) if table else [], table.threshold if table else 0.0,
         call.causal, call.query_offset, call.dropout, call.need_lse, backend,
     )  # fmt: skip
+
+
+def _is_watched(query: Tensor) -> bool:
+    """Whether anybody wants to see the operator itself: a compiler, a tracer, a mode, forward-mode gradients, a
+    subclass of tensors. Otherwise a call does without torch's dispatcher, which takes as long as a short input."""
+    return (
+        torch.compiler.is_compiling()
+        or type(query) is not Tensor
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or forward_ad._current_level >= 0
+    )
 
 
 def empty_output(query: Tensor, packed: bool) -> Tensor:

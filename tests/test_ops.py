@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_attn import GlobalMask, sparse_attention
+from sparse_attn import GlobalMask, ops, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from sparse_attn.ops import AttentionCall
 from tests.helpers import DEVICE, backends, gradients, random_inputs, random_layout
@@ -19,9 +21,9 @@ def operator_arguments(backend, device, dtype=torch.float32, bits=None, packed=F
     tensors = [t.requires_grad_() for t in random_inputs(shape, dtype, device)]
     original = attention.run
 
-    def spy(call: AttentionCall, name: str):
+    def spy(call: AttentionCall, name: str, training: bool):
         captured.append((call, name))
-        return original(call, name)
+        return original(call, name, training)
 
     attention.run = spy
     try:
@@ -43,6 +45,30 @@ def test_opcheck(backend, device, packed):
     dtype = torch.float64 if backend == "reference" else torch.float32
     arguments = operator_arguments(backend, device, dtype, packed=packed)
     torch.library.opcheck(torch.ops.sparse_attn.attention.default, arguments)
+
+
+class Names(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_wants_to_see_the_operator_does(monkeypatch):
+    """Others do without torch's dispatcher, and get the same."""
+    layout, tensors = random_layout(2, 12, 0.4, "cpu"), random_inputs((2, 2, 12, 16), torch.float32, "cpu")
+    with torch.no_grad(), Names() as seen:
+        watched = sparse_attention(*tensors, layout, bits=3)
+    assert "sparse_attn.attention.default" in seen.names
+    monkeypatch.setattr(ops, "_table", None)  # what the operator's levels become a table with
+    assert torch.equal(sparse_attention(*tensors, layout, bits=3), watched)
+    with pytest.raises(TypeError), forward_ad.dual_level():
+        sparse_attention(*tensors, layout, bits=3)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"key_lengths": torch.tensor([7, 3])}])
