@@ -26,8 +26,7 @@ class Target:
         longest: of a sequence.
         positions: batch * heads * query_len * key_len at most: the reference materialises them.
         drops: whether it has dropout and query offsets.
-        trains_all: whether it has a backward pass for all calls, or for those without rounding, causality and padding
-            masks alone.
+        trains_all: whether it has a backward pass for all calls, or for those without rounding and causality alone.
     """
 
     backend: str
@@ -41,7 +40,7 @@ class Target:
 
     def trains(self, kind: Kind) -> bool:
         """Whether it has a backward pass for a kind of call."""
-        return self.trains_all or (kind.bits is None and not kind.causal and not kind.padding)
+        return self.trains_all or (kind.bits is None and not kind.causal)
 
 
 TARGETS = {

@@ -19,10 +19,11 @@ constexpr int GRADIENT_THREADS = 256;  // leaves 255 registers for each
 // A call of either kernel. What `AttentionCall` calls the query are the rows that a group owns, key and value those
 // that lists gather, output the first result. `lse` belongs to the queries, wherever they are.
 struct GradientCall : AttentionCall {
-  Rows second;         // owned rows of another tensor: the output's gradient, or the value
-  Rows attended;       // queries: the forward pass's output
-  Rows second_result;  // keys: the gradient of the value
-  float* statistics;   // pairs of lse in units of log2 and delta for each query, which the first kernel hands over
+  Rows second;                   // owned rows of another tensor: the output's gradient, or the value
+  Rows attended;                 // queries: the forward pass's output
+  Rows second_result;            // keys: the gradient of the value
+  const uint8_t* owned_padding;  // [batch, rows], which keys are real; may be null
+  float* statistics;  // pairs of lse in units of log2 and delta for each query, which the first kernel hands over
   float scale;
 };
 
@@ -70,10 +71,15 @@ class GradientWarp {
     return group.first_row() + lane / 4 + 8 * half;
   }
 
-  // Results of rows that are not real become zeros, the others are scaled.
+  SPARSE_ATTN_DEVICE bool is_real(int row) const {
+    const int64_t sequence = ring.fact(seat, SEQUENCE);
+    return row < ring.fact(seat, ROWS_END) &&
+           (!call.owned_padding || call.owned_padding[sequence * call.query_len + row]);
+  }
+
+  // Results of rows that are not real become zeros, whatever these hold; the others are scaled.
   SPARSE_ATTN_DEVICE void finish(const Group& group, float scale, Output<HEAD_DIM>& result) const {
-    const int rows_end = ring.fact(seat, ROWS_END);
-    const bool real[2] = {row_of_lane(group, 0) < rows_end, row_of_lane(group, 1) < rows_end};
+    const bool real[2] = {is_real(row_of_lane(group, 0)), is_real(row_of_lane(group, 1))};
 #pragma unroll
     for (int chunk = 0; chunk < HEAD_DIM / 8; ++chunk) {
 #pragma unroll

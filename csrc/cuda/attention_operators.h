@@ -103,6 +103,7 @@ void native_attention_gradients_cuda(
     const std::vector<int64_t> heaviest,
     const OptionalTensor owned_lengths,
     const OptionalTensor gathered_lengths,
+    const OptionalTensor key_padding,
     const OptionalTensor cu_seqlens,
     int64_t max_length,
     double scale,
@@ -140,6 +141,7 @@ void native_attention_gradients_cuda(
   call.second = rows_of(second_owned, packed);
   call.statistics = static_cast<float*>(statistics.mutable_data_ptr());
   call.scale = static_cast<float>(scale);
+  (attended ? call.key_padding : call.owned_padding) = data_of<uint8_t>(key_padding);
   read_lists(call, words, first_steps, counts, order, places, full, gathered_count, heaviest);
   const Launch launch =
       cut(call, machine.limits(), head_dim, GRADIENT_THREADS, GRADIENT_AREAS, warps, parts, tickets, ticket, stream);

@@ -32,9 +32,9 @@ torch.library.define(
 torch.library.define(
     "sparse_attn::native_attention_gradients_cuda",
     f"(Tensor owned, Tensor first_gathered, Tensor second_gathered, {_LISTS}, Tensor? owned_lengths, "
-    "Tensor? gathered_lengths, Tensor? cu_seqlens, int max_length, float scale, int warps, int parts, int ticket, "
-    "int stream, Tensor lse, Tensor second_owned, Tensor? attended, Tensor(b!) statistics, Tensor(c!) result, "
-    "Tensor(d!)? second_result) -> ()",
+    "Tensor? gathered_lengths, Tensor? key_padding, Tensor? cu_seqlens, int max_length, float scale, int warps, "
+    "int parts, int ticket, int stream, Tensor lse, Tensor second_owned, Tensor? attended, Tensor(b!) statistics, "
+    "Tensor(c!) result, Tensor(d!)? second_result) -> ()",
 )
 
 
@@ -55,8 +55,8 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
     reasons = []
     if _built_without():
         reasons.append("the extension was built without nvcc; install CUDA's compiler and build sparse_attn again")
-    if training and (call.table is not None or call.causal or call.key_padding is not None):
-        reasons.append("the backward pass has neither rounding nor causality nor a key_padding_mask")
+    if training and (call.table is not None or call.causal):
+        reasons.append("the backward pass has neither rounding nor causality")
     if query.dtype not in _DTYPES:
         reasons.append(f"{query.dtype}; the kernel takes float16 and bfloat16")
     if query.shape[-1] not in HEAD_DIMS:
@@ -71,7 +71,7 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
     for name, tensor in (("query", query), ("key", call.key), ("value", call.value)):
         if not _rows_are_aligned(tensor):
             reasons.append(f"rows of the {name} are not multiples of {2 * _ALIGNMENT} bytes apart")
-        if tensor.stride(0 if call.packed else 2) * tensor.itemsize >= _MAX_ROW_STRIDE:
+        if _row_bytes(tensor, call.packed) >= _MAX_ROW_STRIDE:
             reasons.append(f"rows of the {name} are {_MAX_ROW_STRIDE} bytes or more apart")
     if device.type == "cuda" and not reasons:
         reasons += _gpu_refusals(device, longest, query.shape[-1], training)
@@ -80,6 +80,10 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
 
 def _rows_are_aligned(tensor: Tensor) -> bool:
     return tensor.stride(-1) == 1 and all(stride % _ALIGNMENT == 0 for stride in tensor.stride()[:-1])
+
+
+def _row_bytes(tensor: Tensor, packed: bool) -> int:
+    return tensor.stride(0 if packed else 2) * tensor.itemsize
 
 
 def _gpu_refusals(device: torch.device, length: int, head_dim: int, training: bool) -> list[str]:
@@ -181,7 +185,9 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = map(_aligned, (call.query, call.key, call.value))
-    grad_output = _aligned(grad_output if _rows_are_aligned(grad_output) else grad_output.contiguous())
+    if not _rows_are_aligned(grad_output) or _row_bytes(grad_output, call.packed) >= _MAX_ROW_STRIDE:
+        grad_output = grad_output.contiguous()
+    grad_output = _aligned(grad_output)
     gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
     statistics = lse.new_empty((*lse.shape, 2))  # what the second kernel wants to know of queries
     of_queries, of_keys = call.query_lengths, call.key_lengths
@@ -189,8 +195,8 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
     def compute(kernel: int, tensors, lengths, second: Tensor, attended: Tensor | None, *results: Tensor | None):
         lists = _Lists(call, kernel)
         torch.ops.sparse_attn.native_attention_gradients_cuda(
-            *tensors, *lists.arguments, *lengths, call.cu_seqlens, call.max_length, call.scale, *lists.cut(), lse,
-            second, attended, statistics, *results,
+            *tensors, *lists.arguments, *lengths, call.key_padding, call.cu_seqlens, call.max_length, call.scale,
+            *lists.cut(), lse, second, attended, statistics, *results,
         )  # fmt: skip
 
     compute(1, (query, key, value), (of_queries, of_keys), grad_output, output, gradients[0], None)

@@ -88,14 +88,21 @@ def test_what_padding_holds_does_not_matter(device):
     tensors = [*random_inputs((2, 2, 60, 64), torch.float16, device), torch.randn(2, 2, 60, 64).to(device).half()]
     layout = random_layout(2, 64, 0.6, device)
     lengths = torch.tensor([60, 23], device=device)
-    padding = (torch.arange(60, device=device) >= lengths[:, None])[:, None].expand(2, 2, 60)
-    dirty = [tensor.clone() for tensor in tensors]
-    for tensor in dirty:
-        tensor[padding] = float("nan")
-    arguments = dict(key_lengths=lengths, query_lengths=lengths)
-    clean = gradients(tensors[:3], layout, tensors[3], "native", **arguments)
-    for own, true in zip(gradients(dirty[:3], layout, dirty[3], "native", **arguments), clean, strict=True):
-        assert torch.equal(own, true) and (own[padding] == 0).all()
+    at_end = torch.arange(60, device=device) >= lengths[:, None]
+    holes = torch.rand(2, 60, device=device) < 0.3
+    for padding, arguments, of_keys_alone in (
+        (at_end, dict(key_lengths=lengths, query_lengths=lengths), False),
+        (holes, dict(key_padding_mask=~holes), True),
+    ):
+        padding = padding[:, None].expand(2, 2, 60)
+        dirty = [tensor.clone() for tensor in tensors]
+        for tensor in dirty[1:3] if of_keys_alone else dirty:
+            tensor[padding] = float("nan")
+        clean = gradients(tensors[:3], layout, tensors[3], "native", **arguments)
+        found = gradients(dirty[:3], layout, dirty[3], "native", **arguments)
+        for name, own, true in zip(NAMES, found, clean, strict=True):
+            assert torch.equal(own, true)
+            assert (own[padding] == 0).all() or (of_keys_alone and name == "query")
 
 
 def test_other_shapes_and_strides(device):
@@ -125,10 +132,8 @@ def test_every_way_to_cut_a_head_computes_the_same(device, warps, parts, monkeyp
 def test_refusals(device):
     tensors = [tensor.requires_grad_() for tensor in random_inputs((1, 2, 40, 64), torch.float16, device)]
     layout = random_layout(2, 48, 0.5, device)
-    padding = torch.ones(1, 40, dtype=torch.bool, device=device)
-    for arguments in (dict(causal=True), dict(key_padding_mask=padding)):
-        with pytest.raises(RuntimeError, match="the backward pass has neither rounding nor causality"):
-            sparse_attention(*tensors, layout, backend="native", **arguments)
+    with pytest.raises(RuntimeError, match="the backward pass has neither rounding nor causality"):
+        sparse_attention(*tensors, layout, backend="native", causal=True)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,4 +153,6 @@ def test_random_calls(device, data):
     for name, length in (("query_lengths", query_len), ("key_lengths", key_len)):
         if draw(st.booleans()):
             arguments[name] = torch.tensor([draw(st.integers(0, length)) for _ in range(batch)], device=device)
+    if draw(st.booleans()):
+        arguments["key_padding_mask"] = torch.rand(batch, key_len, device=device) < 0.7
     check(layout, (query, key, value), **arguments)
