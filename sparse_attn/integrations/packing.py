@@ -44,6 +44,7 @@ class Packing:
         places = real.flatten().nonzero()[:, 0]
         if real.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             rows = min(recurring_rows(tokens), batch * length)
+            rows = tokens if (1, rows) == (batch, length) else rows  # the shape says what is packed
             places = torch.cat((places, places[-1:].expand(rows - tokens)))
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         return cls(batch, length, tokens, places, cu_seqlens, longest, None if right else real)

@@ -42,8 +42,7 @@ def check(layout, tensors, grad_output=None, scale=None, **arguments):
         assert (error <= getattr(budget, name) + 1e-12).all(), f"{name}: {error} of {getattr(budget, name)}"
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("length", [1, 15, 17, 63, 129, 200])
+@pytest.mark.parametrize(("length", "dtype"), zip([1, 15, 17, 63, 129, 200], 3 * HALVES))
 def test_lengths(device, length, dtype):
     layout = random_layout(2, max(length, 20), 0.8, device)
     lengths = torch.tensor([length, (length + 1) // 2, 0], device=device)
@@ -55,8 +54,8 @@ def test_lengths(device, length, dtype):
 @pytest.mark.parametrize("granularity", ["element", "tile"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.7, 0.97])
 def test_masks_and_head_dims(device, sparsity, granularity, head_dim):
-    layout = random_layout(3, 144, sparsity, device, granularity)
-    check(layout, random_inputs((2, 3, 130, head_dim), torch.float16, device), scale=0.2)
+    layout = random_layout(3, 96, sparsity, device, granularity)
+    check(layout, random_inputs((1, 3, 90, head_dim), torch.float16, device), scale=0.2)
 
 
 def test_packed(device):
@@ -136,7 +135,7 @@ def test_refusals(device):
         sparse_attention(*tensors, layout, backend="native", causal=True)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_calls(device, data):
     draw = data.draw

@@ -184,6 +184,26 @@ def test_compiled(what):
             torch.testing.assert_close(compiled(**inputs).start_logits, logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("place", [-1, 0, 40])
+def test_one_sequence_with_hardly_any_padding(place):
+    """As many rows as recur would be as many as with padding."""
+    torch.manual_seed(0)
+    config = small_config()
+    config.max_position_embeddings = 80
+    model = BertModel(config, add_pooling_layer=False).eval().to(DEVICE)
+    inputs = inputs_of("right", (66,))
+    inputs["attention_mask"][0, place] = 0
+    outputs = []
+    for unpad in (False, True):
+        patch_bert(model, GlobalMask.random(2, 2, 72, sparsity=0.6), unpad=unpad)
+        with torch.no_grad():
+            outputs.append(model(**inputs, output_hidden_states=True))
+    padded, unpadded = outputs
+    assert_same_at_real_tokens(unpadded.last_hidden_state, padded.last_hidden_state, inputs)
+    for ours, theirs in zip(unpadded.hidden_states, padded.hidden_states, strict=True):
+        assert_same_at_real_tokens(ours, theirs, inputs)
+
+
 def test_packing_there_and_back():
     real = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
     packing = Packing.of(real)
@@ -194,7 +214,8 @@ def test_packing_there_and_back():
     assert Packing.of(real.flip(1)).padding is not None
     with torch.no_grad():
         assert Packing.of(torch.arange(140).view(1, -1) < 130).rows == 132
-        assert Packing.of(torch.arange(131).view(1, -1) < 130).rows == 131  # never more than with padding
+        assert Packing.of(torch.arange(131).view(1, -1) < 130).rows == 130  # never the shape that it has with padding
+        assert Packing.of(torch.arange(262).view(2, -1) < 260).rows == 262  # never more
     assert Packing.of(torch.ones_like(real)) is True and Packing.of(torch.zeros_like(real)) is False
 
 
