@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 
-from sparse_attn import GlobalMask, QuantizationTable, distil, patched
+from sparse_attn import GlobalMask, distil, patched
 from sparse_attn.distributed import rank_and_world
 from sparse_attn.squad.windows import Window
 from sparse_attn.training import finetune_question_answering
@@ -144,25 +144,21 @@ def distilled(
     cache: Path,
     mask: GlobalMask,
     source: str,
-    bits: int | QuantizationTable | None = None,
 ) -> Checkpoint:
-    """The checkpoint that `recipe` makes of `student`, with `mask` applied and probabilities rounded to `bits`, by what
-    `teacher` computes for `inputs`.
+    """The checkpoint that `recipe` makes of `student`, with `mask` applied, by what `teacher` computes for `inputs`.
 
     `source` says where the inputs come from. Training changes `student`. The result is kept in `cache` as that of
     `finetuned` is.
     """
-    kind = "sparse" if bits is None else "rounded"
 
     def train() -> list[float]:
-        settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": f"distilling, {kind}"}
-        with patched(student, mask, bits):
+        settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": "distilling, sparse"}
+        with patched(student, mask):
             return distil(student, teacher, inputs, **settings)
 
-    examples = list(inputs) if bits is None else [*inputs, repr(bits)]
-    key = _digest([student, teacher], examples, recipe, mask)
+    key = _digest([student, teacher], list(inputs), recipe, mask)
     how = f"distilled on {source}, without labels,"
-    return _kept(kind, key, student, tokenizer, recipe, len(inputs), cache, train, how)
+    return _kept("sparse", key, student, tokenizer, recipe, len(inputs), cache, train, how)
 
 
 def _kept(

@@ -31,12 +31,11 @@ _CALIBRATION_WINDOWS = 64
 
 @dataclass
 class Models:
-    """What the rows load: `dense` for rows without a mask; `sparse`, `rounded`, `mask` and tables for those with one.
+    """What the rows load: `dense` for rows without a mask; `sparse`, `mask` and tables for those with one.
 
     Attributes:
         dense: as given, or fine-tuned.
         sparse: recovered with `mask`; the dense one if nothing was.
-        rounded: the sparse one recovered further with rounding to --bits, for rows with these; None if it was not.
         mask: of --granularity (the first, if there are several) and --sparsity, or of --mask.
         seconds: how long fine-tuning, averages, mask, recovery and calibration took.
         probabilities: of the sparse model with `mask`, for tables other than the published one; None for that.
@@ -46,7 +45,6 @@ class Models:
 
     dense: Checkpoint
     sparse: Checkpoint
-    rounded: Checkpoint | None = None
     mask: GlobalMask | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     probabilities: ProbabilityHistogram | None = None
@@ -90,11 +88,6 @@ def make_models_for_seed(setting: Setting, seed: int) -> Models:
     if options.table != "published":
         with _timed(models.seconds, "calibration"):
             models.probabilities = _probabilities(setting, sparse, models.mask)
-    if options.recover_rounded:
-        with _timed(models.seconds, "recovery"):
-            recipe = DistilRecipe(options.seed, options.recover_rounded)
-            bits = models.table(options.bits) or options.bits
-            models.rounded = _distilled(setting, sparse, recipe, models.mask, bits)
     return models
 
 
@@ -112,18 +105,9 @@ def _recovered(setting: Setting, mask: GlobalMask) -> Checkpoint:
     if recover_kind(options) == "retrain":
         recipe = Recipe(options.recover_epochs or options.epochs, options.seed)
         return finetuned(student, setting.tokenizer, setting.head_windows, recipe, options.cache, mask)
-    return _distilled(setting, student, DistilRecipe(options.seed, options.recover_epochs or DistilRecipe.epochs), mask)
-
-
-def _distilled(
-    setting: Setting,
-    student: PreTrainedModel,
-    recipe: DistilRecipe,
-    mask: GlobalMask,
-    bits: int | QuantizationTable | None = None,
-) -> Checkpoint:
-    text, cache = setting.recovery, setting.options.cache
-    return distilled(student, setting.model, setting.tokenizer, text.inputs, recipe, cache, mask, text.source, bits)
+    recipe = DistilRecipe(options.seed, options.recover_epochs or DistilRecipe.epochs)
+    text, teacher = setting.recovery, setting.model
+    return distilled(student, teacher, setting.tokenizer, text.inputs, recipe, options.cache, mask, text.source)
 
 
 def _probabilities(setting: Setting, model: PreTrainedModel, mask: GlobalMask) -> ProbabilityHistogram:

@@ -152,14 +152,6 @@ def _add_training(group) -> None:
         help=f"(default: {DistilRecipe.epochs} to distil, --epochs to retrain)",
     )
     group.add_argument(
-        "--recover-rounded",
-        type=at_least(0),
-        default=0,
-        metavar="EPOCHS",
-        help="distil on for so long while probabilities are rounded to --bits, for the rows that do "
-        "(default: %(default)s)",
-    )
-    group.add_argument(
         "--table",
         choices=("published", "calibrated", "renormalised"),
         default="published",

@@ -51,11 +51,6 @@ def read_recovery(
         raise ValueError(f"--seeds {options.seeds}: nothing is trained here; add --finetune or --recover distil")
     if options.recover_text is not None and kind != "distil":
         raise ValueError(f"--recover-text is for --recover distil; this run has --recover {kind}")
-    if options.recover_rounded and (kind != "distil" or options.bits is None):
-        raise ValueError(
-            "--recover-rounded is for --recover distil and --bits; this run has "
-            f"--recover {kind}, --bits {options.bits}"
-        )
     if kind == "retrain" and head_windows is None:
         raise ValueError("--recover retrain needs questions with answers to train on; add --finetune")
     if kind != "distil":

@@ -83,9 +83,7 @@ def _named(models: Mapping[str | None, Models], name: str) -> dict[str, Models]:
 
 def _checkpoints(models: Mapping[str | None, Models]) -> dict[str, Checkpoint]:
     dense = next(iter(models.values())).dense
-    sparse = {name: found.sparse for name, found in _named(models, "sparse").items()}
-    rounded = {name: found.rounded for name, found in _named(models, "rounded").items() if found.rounded is not None}
-    return {"dense": dense, **sparse, **rounded}
+    return {"dense": dense, **{name: found.sparse for name, found in _named(models, "sparse").items()}}
 
 
 def _seconds(models: Mapping[str | None, Models]) -> dict[str, float]:

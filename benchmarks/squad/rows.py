@@ -133,10 +133,7 @@ class _Bench:
 
     def _checkpoint(self, variant: Variant) -> Checkpoint:
         models = self.models[variant.granularity if variant.masked else self.setting.granularities[0]]
-        if not (variant.masked and variant.own_weights):
-            return models.dense
-        rounds = models.rounded is not None and variant.bits == self.setting.options.bits
-        return models.rounded if rounds else models.sparse
+        return models.sparse if variant.masked and variant.own_weights else models.dense
 
     def _table(self, variant: Variant) -> list | None:
         if variant.bits is None:

@@ -27,11 +27,9 @@ def fastest_peer(results: dict[str, Any]) -> Row | None:
 
 
 def heading(results: dict[str, Any]) -> str:
-    """Model, data and dtype; where probabilities are rounded to other levels than the published ones, to which; and
-    whether weights were made for that."""
+    """Model, data and dtype, and where probabilities are rounded to other levels than the published ones, to which."""
     tables = dict.fromkeys(row.get("table") for row in results["rows"])
     levels = [f"{table} levels" for table in tables if table not in (None, "published")]
-    levels += ["rounding learnt"] if results["arguments"].get("recover_rounded") else []
     return ", ".join([results["model"], results["data"]["name"], results["arguments"]["dtype"], *levels])
 
 

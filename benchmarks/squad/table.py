@@ -210,17 +210,9 @@ def sparse_training(results: dict[str, Any]) -> str:
     trained = [made for name, made in checkpoints.items() if name.startswith("sparse") and made != checkpoints["dense"]]
     if not trained:
         return ""
-    how = f"{trained[0].get('how') or 'trained'} for {_epochs(trained[0])}"
-    text = f"Sparse rows: the dense rows' weights, {how} with the mask applied"
-    rounded = [made for name, made in checkpoints.items() if name.startswith("rounded")]
-    if rounded:
-        text += f"; those with {results['arguments']['bits']} bits for {_epochs(rounded[0])} more with rounding"
-    return f"{text}."
-
-
-def _epochs(made: dict[str, Any]) -> str:
-    count = len(made["losses"])
-    return f"{count} epoch{'s' if count > 1 else ''}"
+    epochs = len(trained[0]["losses"])
+    how = f"{trained[0].get('how') or 'trained'} for {epochs} epoch{'s' if epochs > 1 else ''}"
+    return f"Sparse rows: the dense rows' weights, {how} with the mask applied."
 
 
 def _notes(results: dict[str, Any]) -> list[str]:

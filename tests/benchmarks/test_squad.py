@@ -204,19 +204,6 @@ def test_seeds_give_means_and_sweep_once(in_process, arguments, tmp_path, capsys
     assert "±" in (tmp_path / "results" / "results.md").read_text() and "seed 1:" in capsys.readouterr().out
 
 
-def test_rows_that_round_have_weights_that_know_it(in_process, arguments, tmp_path):
-    command = [*arguments, "--finetune", "--epochs", "1", "--recover-epochs", "1", "--recover-rounded", "2"]
-    variants = ["--variants", "sdpa-sorted,sparse-unpadded,sparse-unpadded+bits", "--sweep", "bits", "2"]
-    assert squad.main([*command, *variants, "--repeats", "1", "--device", "cpu"]) == 0
-    results = results_of(tmp_path)
-    dense, sparse, rounded = (row["checkpoint"] for row in results["rows"])
-    named = {kind: made["name"] for kind, made in results["checkpoints"].items()}
-    assert named == {"dense": dense, "sparse": sparse, "rounded": rounded} and len(set(named.values())) == 3
-    assert results["sweeps"][0]["rows"][0]["checkpoint"] == sparse  # made for 3 bits
-    page = (tmp_path / "results" / "results.md").read_text()
-    assert "for 1 epoch with the mask applied; those with 3 bits for 2 epochs more with rounding." in page
-
-
 def test_answers_that_are_not_in_their_place_are_counted(in_process, arguments, data_file, tmp_path, capsys):
     content = json.loads(data_file.read_text())
     content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = 3

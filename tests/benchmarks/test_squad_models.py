@@ -51,19 +51,6 @@ def test_finetuning_distils_unless_told_otherwise(arguments):
     assert not again.sparse.cached and len(again.sparse.losses) == 1
 
 
-def test_rows_with_bits_can_have_weights_of_their_own(arguments):
-    command = [*arguments, "--finetune", *SHORT, "--recover-epochs", "1", "--table", "calibrated"]
-    setting = setting_of(*command, "--recover-rounded", "2")
-    models = make_models(setting)
-    assert len(models.rounded.losses) == 2 and models.rounded.how == models.sparse.how
-    assert not torch.equal(query_weights(models.rounded), query_weights(models.sparse))
-    assert (
-        make_models(setting).rounded.cached
-        and not make_models(setting_of(*command, "--recover-rounded", "1")).rounded.cached
-    )
-    assert make_models(setting_of(*command)).rounded is None
-
-
 def test_any_text_can_be_distilled_on(arguments, tmp_path):
     text = tmp_path / "some.txt"
     text.write_text("the city of rome was built in year 1901 by bob .\n" * 12)
@@ -87,10 +74,6 @@ def test_a_head_of_the_harness_is_distilled_on_what_trained_it(arguments, monkey
     [
         (["--recover", "distil"], "needs text that is not evaluated: pass --recover-text FILE"),
         (["--recover", "retrain"], "needs questions with answers to train on; add --finetune"),
-        (
-            ["--recover-rounded", "1"],
-            "--recover-rounded is for --recover distil and --bits; this run has --recover none",
-        ),
         (["--recover-text", "some.txt"], "--recover-text is for --recover distil; this run has --recover none"),
         (["--recover", "distil", "--recover-text", "absent.txt"], "absent.txt: no such file"),
         (["--seeds", "2"], "--seeds 2: nothing is trained here"),
