@@ -50,7 +50,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark. Returns the exit status: 2 for input of no use, 1 where nothing could be measured."""
+    """Runs the benchmark. Returns the exit status: 2 for input of no use, 1 where nothing could be measured or a kernel
+    of this package computed something wrong."""
     options = parse_options(arguments)
     try:
         settings, workloads, variants = _asked_for(options)
@@ -61,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, status=1)
     print_table(results)
+    wrong = {row["variant"] for row in results["absent"] if row.get("wrong")}
+    if own := sorted(wrong & {variant.name for variant in variants if variant.ours}):
+        return _fail(f"wrong results of {', '.join(own)}: see the reasons above", status=1)
     return 0 if results["rows"] else 1
 
 
@@ -89,7 +93,7 @@ def _asked_for(options: Namespace) -> tuple[Settings, list[Workload], list[Varia
     return settings, workloads, [variant for variant in here if variant.name in variant_names]
 
 
-def _fail(error: Exception, status: int) -> int:
+def _fail(error: Exception | str, status: int) -> int:
     print(f"benchmarks.attention: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 

@@ -30,6 +30,7 @@ class Entry:
     timed: list[Timed] = field(default_factory=list)
     error: float = 0.0
     reason: str | None = None
+    wrong: bool = False
 
     def release(self) -> None:
         """Lets go of the graphs, and of what they and errors hold."""
@@ -72,7 +73,8 @@ def result_row(entry: Entry, ceilings: Ceilings) -> dict[str, Any]:
 def absence_row(entry: Entry) -> dict[str, Any]:
     case = entry.case
     where = {"workload": case.workload.name, "pass": case.direction}
-    return {**where, "variant": entry.variant.name, "mask": case.mask, "bits": case.bits, "reason": entry.reason}
+    row = {**where, "variant": entry.variant.name, "mask": case.mask, "bits": case.bits, "reason": entry.reason}
+    return {**row, "wrong": True} if entry.wrong else row
 
 
 def absence_of_all(workload: Workload, direction: str, error: BaseException) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def _prepare(entry: Entry, timer: Timer, expected: dict, settings: Settings) -> 
                 entry.error = max(entry.error, error)
                 entry.timed.append(timer.prepare(call, settings.seconds))
         except Exception as error:  # a peer may raise anything; the others go on
+            entry.wrong = isinstance(error, Wrong)
             return reason_of(error, [str(one.message) for one in warned])
     return None
 

@@ -22,7 +22,7 @@ def save_tensors(
     path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
 ) -> None:
     """Writes `tensors` and JSON-serialisable `metadata` to `path`; a file that is already there stays whole
-    until the new one is complete."""
+    until the new one is complete. Raises OSError where it cannot be written."""
     path = Path(path)
     header = {"kind": kind, "format_version": FORMAT_VERSION, "package_version": __version__, **metadata}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -33,8 +33,10 @@ def save_tensors(
         save_file(contiguous, unfinished, metadata={_HEADER: json.dumps(header)})
         os.chmod(unfinished, 0o644)
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(unfinished)
+        if isinstance(error, SafetensorError):  # a full disk, say
+            raise OSError(f"{path} cannot be written: {error}") from error
         raise
 
 

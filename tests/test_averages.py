@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sparse_attn import AttentionAverages, GlobalMask, load_published_averages
@@ -82,13 +83,14 @@ def test_bad_files_are_named(tmp_path):
         AttentionAverages.load(path)
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, kind):
     path = tmp_path / "a.safetensors"
     some_averages().save(path)
     before = path.read_bytes()
 
     def fails(*_, **__):
-        raise OSError("no space")
+        raise kind("no space")
 
     monkeypatch.setattr("sparse_attn.files.save_file", fails)
     with pytest.raises(OSError, match="no space"):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 
 from sparse_attn import GlobalMask, distil, patched
@@ -203,6 +204,8 @@ def _save(folder: Path, model: PreTrainedModel, tokenizer, made: str, record: st
             shutil.rmtree(folder)
         if not folder.exists():  # another run may have been first
             unfinished.replace(folder)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"the checkpoint {folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

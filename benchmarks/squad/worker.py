@@ -172,7 +172,7 @@ def _processed_tokens(job: Job, inputs: Inputs, feed: Feed, batch: list[int]) ->
     if job.padding != "none":
         return feed(batch)["input_ids"].numel()
     packing = Packing.of(feed(batch)["attention_mask"].bool()) if job.attention == "sparse" else None
-    return int(inputs.windows.lengths[batch].sum()) if packing is None else packing.rows
+    return packing.rows if isinstance(packing, Packing) else int(inputs.windows.lengths[batch].sum())
 
 
 def _pass_over(model, batches: list[list[int]], feed: Feed, ticks: Iterator[int]) -> Callable[[], list[torch.Tensor]]:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import attention
 from benchmarks.attention_workloads import FORWARD
+from sparse_attn import ops
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,16 @@ def test_a_run_prints_tables_and_writes_json(tiny, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "packed, forward" in printed.out and "sdpa-cpu" in printed.out
     assert "squad384, forward: 4 rows" in printed.err
+
+
+def test_a_wrong_result_of_the_package_itself_is_a_failure(tiny, tmp_path, monkeypatch, capsys):
+    forward = ops._FORWARD["torch"]
+    monkeypatch.setitem(ops._FORWARD, "torch", lambda call: (1.01 * forward(call)[0], torch.empty(0)))
+    options = ["--workloads", "squad384", "--passes", FORWARD, "--variants", "torch,sdpa-cpu", "--seconds", "0.02"]
+    assert attention.main([*options, "--device", "cpu", "--json", str(tmp_path / "out.json")]) == 1
+    assert "error: wrong results of torch" in capsys.readouterr().err
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert {row["variant"] for row in results["rows"]} == {"sdpa-cpu"} and results["absent"][0]["wrong"]
 
 
 def test_a_workload_that_is_asked_for_is_run(tiny, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from benchmarks.squad import __main__ as squad
 from benchmarks.squad import checkpoints, process, shapes
@@ -177,6 +178,16 @@ def test_a_full_disk_loses_nothing_that_is_printed(in_process, arguments, tmp_pa
     for name in ("sdpa-sorted", "sdpa-unpadded"):
         assert captured.out.count(name) == 2, "as it was measured, and in the table"
     assert not (tmp_path / "results" / "results.json").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_one_line(arguments, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    assert squad.main([*arguments, "--finetune", "--epochs", "1"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "No space" in line]
+    assert line.startswith("benchmarks.squad: error: the checkpoint ")
 
 
 def test_batches_by_tokens_give_the_same_answers(in_process, arguments, tmp_path):
