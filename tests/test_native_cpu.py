@@ -125,6 +125,24 @@ def test_shapes_without_elements():
         assert all(one.shape == (batch, 2, length, 16) for one in gradients(tensors, layout, tensors[0], "native"))
 
 
+@pytest.mark.parametrize(("bounds", "promised"), [([0, 40], 8), ([0, 41], 48), ([20, 10], 48), ([-1, 5], 48)])
+def test_a_traced_call_reads_no_memory_but_its_own(bounds, promised):
+    """Nobody looks at cu_seqlens while a call is traced: the kernels' operator does."""
+    layout, tensors = random_layout(2, 64, 0.5, "cpu"), random_inputs((40, 2, 16), torch.float32, "cpu")
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    packed = dict(cu_seqlens=cu_seqlens, max_length=promised, backend="native")
+    compiled = torch.compile(lambda *inputs: sparse_attention(*inputs, layout, **packed), backend="eager")
+    with pytest.raises(RuntimeError, match=f"max_length is {promised}"):
+        compiled(*tensors)
+
+
+def test_another_default_device_changes_nothing():
+    layout, tensors = random_layout(2, 20, 0.5, "cpu"), random_inputs((1, 2, 20, 16), torch.float32, "cpu")
+    with torch.device("meta"):
+        inside = sparse_attention(*tensors, layout, bits=6, backend="native")
+    assert torch.equal(sparse_attention(*tensors, layout, bits=6, backend="native"), inside)
+
+
 def test_an_unknown_instruction_set_is_named(monkeypatch):
     monkeypatch.setattr(native_cpu, "_instruction_set", "avx1024")
     with pytest.raises(RuntimeError, match="no kernels for the instruction set avx1024"):

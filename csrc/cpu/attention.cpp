@@ -1,5 +1,6 @@
 // The operators sparse_attn::native_attention and native_attention_backward on the CPU: they read tensors, choose the
-// instruction set of this processor and share the work among torch's threads. Schemas: sparse_attn/backends/native.py.
+// instruction set of this processor and share the work among torch's threads. Schemas:
+// sparse_attn/backends/native_cpu.py.
 #include "attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -150,6 +151,19 @@ void read_call(
   call.key_lengths = optional_data<int32_t>(key_lengths);
   call.key_padding = optional_data<uint8_t>(key_padding);
   call.cu_seqlens = optional_data<int32_t>(cu_seqlens);
+  for (int64_t i = 0; packed && i < call.batch; ++i) {  // a traced call comes unchecked
+    const int64_t first = call.cu_seqlens[i], end = call.cu_seqlens[i + 1];
+    STD_TORCH_CHECK(
+        0 <= first && first <= end && end <= query.size(0) && end - first <= max_length,
+        "cu_seqlens has a sequence from token ",
+        first,
+        " to ",
+        end,
+        ", but there are ",
+        query.size(0),
+        " tokens and max_length is ",
+        max_length);
+  }
   call.causal = causal;
   call.query_offset = query_offset;
   call.scale = static_cast<float>(scale);

@@ -94,4 +94,4 @@ def _arguments(call: AttentionCall) -> tuple:
 def _levels(levels: tuple[float, ...]) -> Tensor:
     """float32 [at least 16], which the kernels look up in one vector; empty for none."""
     padding = [0.0] * (_ROWS - len(levels)) if levels else []
-    return torch.tensor([*levels, *padding], dtype=torch.float32)
+    return torch.tensor([*levels, *padding], dtype=torch.float32, device="cpu")
