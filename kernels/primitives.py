@@ -119,7 +119,7 @@ def sequence_bounds(
     keys, counted within the sequence, and the ends of what is stored for it."""
     if PACKED:
         first_token = tl.load(cu_seqlens + batch).to(tl.int64)
-        length = tl.minimum((tl.load(cu_seqlens + batch + 1) - first_token).to(tl.int32), query_len)
+        length = (tl.load(cu_seqlens + batch + 1) - first_token).to(tl.int32)
         return tl.zeros([], dtype=tl.int64), first_token, length, length, length, length
     rows_end = query_len
     keys_end = key_len
