@@ -81,12 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
     table = TableFile(path, name, architecture_of(device))
     layouts, measure, failed = Layouts(device), device_measure(device), 0
     for tuned in native_problems():
-        for name, tune in (("", tune_forward), ("training: ", tune_training))[: 1 if tuned.bits else 2]:
+        for what, tune in (("", tune_forward), ("training: ", tune_training))[: 1 if tuned.bits else 2]:
             try:
                 line = tune(tuned, layouts, measure, table, device)
             except Exception as error:  # one problem less in the table
                 failed, line = failed + 1, f"{type(error).__name__}: {' '.join(str(error).split())}"
-            print(f"{tuned.name}: {name}{line}", flush=True)
+            print(f"{tuned.name}: {what}{line}", flush=True)
             if path.exists():
                 use_table(read_table(path))
     return int(failed > 0)

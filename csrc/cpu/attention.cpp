@@ -1,22 +1,18 @@
-// The operators sparse_attn::native_attention and native_attention_backward on the CPU: they read tensors, choose the
-// instruction set of this processor and share the work among torch's threads. Schemas:
-// sparse_attn/backends/native_cpu.py.
+// The operators sparse_attn::native_attention and native_attention_backward on the CPU: they read tensors and choose
+// the instruction set of this processor. Schemas: sparse_attn/backends/native_cpu.py.
 #include "attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "attention_threads.h"
 
 namespace sparse_attn {
 namespace {
@@ -26,7 +22,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t GROUP_ROWS = 16;
-constexpr int64_t TASKS_PER_THREAD = 4;
 
 // The instruction sets that this processor runs, best first.
 std::vector<const Kernels*> usable_kernels() {
@@ -114,6 +109,23 @@ Element element_of(const Tensor& tensor) {
   }
 }
 
+// Packed sequences as the kernels may take them: a traced call comes unchecked.
+void check_sequences(const int32_t* cu_seqlens, int64_t count, int64_t tokens, int64_t max_length) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = cu_seqlens[i], end = cu_seqlens[i + 1];
+    STD_TORCH_CHECK(
+        0 <= first && first <= end && end <= tokens && end - first <= max_length,
+        "cu_seqlens has a sequence from token ",
+        first,
+        " to ",
+        end,
+        ", but there are ",
+        tokens,
+        " tokens and max_length is ",
+        max_length);
+  }
+}
+
 // The fields that both passes share.
 void read_call(
     Call& call,
@@ -151,18 +163,8 @@ void read_call(
   call.key_lengths = optional_data<int32_t>(key_lengths);
   call.key_padding = optional_data<uint8_t>(key_padding);
   call.cu_seqlens = optional_data<int32_t>(cu_seqlens);
-  for (int64_t i = 0; packed && i < call.batch; ++i) {  // a traced call comes unchecked
-    const int64_t first = call.cu_seqlens[i], end = call.cu_seqlens[i + 1];
-    STD_TORCH_CHECK(
-        0 <= first && first <= end && end <= query.size(0) && end - first <= max_length,
-        "cu_seqlens has a sequence from token ",
-        first,
-        " to ",
-        end,
-        ", but there are ",
-        query.size(0),
-        " tokens and max_length is ",
-        max_length);
+  if (packed) {
+    check_sequences(call.cu_seqlens, call.batch, query.size(0), max_length);
   }
   call.causal = causal;
   call.query_offset = query_offset;
@@ -181,88 +183,6 @@ void read_call(
   const bool has_lse = lse.numel() > 0;
   call.lse_batch = has_lse && !packed ? lse.stride(0) : 0;
   call.lse_head = has_lse ? lse.stride(packed ? 0 : 1) : 0;
-}
-
-struct Free {
-  void operator()(float* memory) const {
-    std::free(memory);
-  }
-};
-
-// Tasks 0 to `count` for threads to take: at first many that follow each other, whose rows share pages that the
-// processor then knows, in the end one at a time, since lists differ in length.
-class TaskCounter {
- public:
-  TaskCounter(int64_t count, int64_t threads) : count_(count), threads_(threads) {
-  }
-  // Takes the next tasks, [first, end). Returns whether there were any.
-  bool take(int64_t& first, int64_t& end) {
-    first = next_;
-    do {
-      const int64_t left = count_ - first;
-      end = first + std::min(left, std::max<int64_t>(1, left / (2 * threads_)));
-    } while (!next_.compare_exchange_weak(first, end));
-    return first < end;
-  }
-
- private:
-  const int64_t count_, threads_;
-  std::atomic<int64_t> next_{0};
-};
-
-// A kernel and the groups [first, end) of every head that it is to run on.
-template <class SomeCall>
-struct Pass {
-  void (*kernel)(const SomeCall&, const Task&, float*);
-  int64_t first, end;
-};
-
-// Runs passes, one after the other, on parts of heads: every head of every sequence has `parts`.
-template <class SomeCall>
-void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes, int64_t parts) {
-  const int64_t tasks = call.batch * call.heads * parts;
-  const int64_t threads = torch::stable::get_num_threads();
-  TaskCounter counter(tasks, threads);
-  std::atomic<bool> out_of_memory{false};
-  const auto run_task = [&](int64_t head, int64_t part, float* workspace) {
-    for (const auto& [kernel, first, end] : passes) {
-      const int64_t groups = end - first;
-      const Task task{
-          head / call.heads, head % call.heads, first + groups * part / parts, first + groups * (part + 1) / parts};
-      if (task.first < task.end) {
-        kernel(call, task, workspace);
-      }
-    }
-  };
-  torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
-    const size_t bytes = (kernels.workspace_floats(call) * sizeof(float) + 63) / 64 * 64;
-    const std::unique_ptr<float, Free> workspace(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (!workspace) {
-      out_of_memory = true;
-      return;
-    }
-    for (int64_t index, last; counter.take(index, last);) {
-      for (; index < last; ++index) {
-        run_task(index / parts, index % parts, workspace.get());
-      }
-    }
-  });
-  STD_TORCH_CHECK(!out_of_memory, "not enough memory for the workspace of an attention call");
-}
-
-// Runs passes of which each needs what the one before has computed for the same head. With enough heads for all threads
-// a head has all its passes at once and finds its rows in the cache.
-template <class SomeCall>
-void run(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes) {
-  const int64_t heads = call.batch * call.heads, tasks = TASKS_PER_THREAD * torch::stable::get_num_threads();
-  if (heads >= tasks) {
-    run_parts(call, kernels, passes, 1);
-  } else if (heads > 0) {
-    for (const Pass<SomeCall>& pass : passes) {
-      const int64_t groups = std::max<int64_t>(1, pass.end - pass.first);
-      run_parts(call, kernels, {pass}, std::min(groups, (tasks + heads - 1) / heads));
-    }
-  }
 }
 
 void native_attention(

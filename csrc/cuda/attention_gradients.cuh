@@ -358,24 +358,14 @@ class KeyGradientWarp : public GradientWarp<HEAD_DIM> {
   }
 };
 
-template <Element ELEMENT, int HEAD_DIM>
-struct QueryGradients {
+// The kernel of one of these warps.
+template <class Warp>
+struct Gradients {
   using Call = GradientCall;
   static constexpr int MOST_THREADS = GRADIENT_THREADS;
 
   static SPARSE_ATTN_DEVICE void run(const Call& call) {
-    QueryGradientWarp<ELEMENT, HEAD_DIM> warp(call);
-    take_groups(warp);
-  }
-};
-
-template <Element ELEMENT, int HEAD_DIM>
-struct KeyGradients {
-  using Call = GradientCall;
-  static constexpr int MOST_THREADS = GRADIENT_THREADS;
-
-  static SPARSE_ATTN_DEVICE void run(const Call& call) {
-    KeyGradientWarp<ELEMENT, HEAD_DIM> warp(call);
+    Warp warp(call);
     take_groups(warp);
   }
 };

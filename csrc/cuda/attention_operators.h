@@ -150,10 +150,10 @@ void native_attention_gradients_cuda(
     constexpr int HEAD_DIM = decltype(dim)::value;
     if (attended) {
       call.attended = rows_of(*attended, packed);
-      machine.template start<QueryGradients<ELEMENT, HEAD_DIM>>(launch, call);
+      machine.template start<Gradients<QueryGradientWarp<ELEMENT, HEAD_DIM>>>(launch, call);
     } else {
       call.second_result = rows_of(*second_result, packed);
-      machine.template start<KeyGradients<ELEMENT, HEAD_DIM>>(launch, call);
+      machine.template start<Gradients<KeyGradientWarp<ELEMENT, HEAD_DIM>>>(launch, call);
     }
   });
 }

@@ -10,10 +10,10 @@ from sparse_attn import QuantizationTable, SparseLayout, sparse_attention
 from sparse_attn.backends import native_cuda
 from sparse_attn.backends.tickets import NONE
 from sparse_attn.kernels.configuration import BlockConfig
+from tests.cuda.random_calls import HALVES, draw_call
 from tests.helpers import assert_within_budget, random_inputs, random_layout
 
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.xdist_group("cuda")]
-HALVES = [torch.float16, torch.bfloat16]
 
 
 def check(layout, tensors, **arguments):
@@ -225,19 +225,6 @@ def test_compiles_once_for_all_lengths(device, bits):
 @given(data=st.data())
 def test_random_calls(device, data):
     draw = data.draw
-    batch, heads, mask_len = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 160))
-    query_len, key_len = draw(st.integers(1, mask_len)), draw(st.integers(1, mask_len))
-    layout = random_layout(
-        heads, mask_len, draw(st.sampled_from([0.0, 0.5, 0.9, 0.999])), device,
-        draw(st.sampled_from(["element", "tile"])), seed=draw(st.integers(0, 99)),
-    )  # fmt: skip
-    head_dim, dtype = draw(st.sampled_from([32, 64])), draw(st.sampled_from(HALVES))
-    query = random_inputs((batch, heads, query_len, head_dim), dtype, device)[0]
-    key, value = random_inputs((batch, heads, key_len, head_dim), dtype, device)[:2]
-    arguments = dict(bits=draw(st.sampled_from([None, 1, 2, 3, 4, 8])), causal=draw(st.booleans()))
-    for name, length in (("query_lengths", query_len), ("key_lengths", key_len)):
-        if draw(st.booleans()):
-            arguments[name] = torch.tensor([draw(st.integers(0, length)) for _ in range(batch)], device=device)
-    if draw(st.booleans()):
-        arguments["key_padding_mask"] = torch.rand(batch, key_len, device=device) < 0.7
-    check(layout, (query, key, value), **arguments)
+    layout, tensors, arguments = draw_call(draw, device)
+    bits, causal = draw(st.sampled_from([None, 1, 2, 3, 4, 8])), draw(st.booleans())
+    check(layout, tensors, bits=bits, causal=causal, **arguments)

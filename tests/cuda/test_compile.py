@@ -15,9 +15,9 @@ import nvcc  # noqa: E402
 COMPILER = nvcc.find()
 TARGETS = ("80", "90")  # what lies between and beyond has the same registers
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
-# Threads of a block, which has a multiprocessor to itself, and kernels of that name: for float16 and bfloat16, head_dim
-# 32 and 64, three ways of rounding.
-KERNELS = {"Forward": (384, 12), "QueryGradients": (256, 4), "KeyGradients": (256, 4)}
+# Threads of a block, which has a multiprocessor to itself, and kernels with that in their name: for float16 and
+# bfloat16, head_dim 32 and 64, three ways of rounding.
+KERNELS = {"Forward": (384, 12), "QueryGradientWarp": (256, 4), "KeyGradientWarp": (256, 4)}
 COUNT = sum(kinds for _, kinds in KERNELS.values())
 MACRO = "TORCH_TARGET_VERSION=0x020b000000000000"
 

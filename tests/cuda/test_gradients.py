@@ -10,10 +10,10 @@ from sparse_attn import SparseLayout, sparse_attention
 from sparse_attn.backends import native_cuda
 from sparse_attn.backends.tickets import NONE
 from sparse_attn.kernels.configuration import BlockConfig
+from tests.cuda.random_calls import HALVES, draw_call
 from tests.helpers import gradients, random_inputs, random_layout
 
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.xdist_group("cuda")]
-HALVES = [torch.float16, torch.bfloat16]
 NAMES = ("query", "key", "value")
 
 
@@ -42,7 +42,7 @@ def check(layout, tensors, grad_output=None, scale=None, **arguments):
         assert (error <= getattr(budget, name) + 1e-12).all(), f"{name}: {error} of {getattr(budget, name)}"
 
 
-@pytest.mark.parametrize(("length", "dtype"), zip([1, 15, 17, 63, 129, 200], 3 * HALVES))
+@pytest.mark.parametrize(("length", "dtype"), list(zip([1, 15, 17, 63, 129, 200], 3 * HALVES)))
 def test_lengths(device, length, dtype):
     layout = random_layout(2, max(length, 20), 0.8, device)
     lengths = torch.tensor([length, (length + 1) // 2, 0], device=device)
@@ -138,20 +138,5 @@ def test_refusals(device):
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_calls(device, data):
-    draw = data.draw
-    batch, heads, mask_len = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 160))
-    query_len, key_len = draw(st.integers(1, mask_len)), draw(st.integers(1, mask_len))
-    layout = random_layout(
-        heads, mask_len, draw(st.sampled_from([0.0, 0.5, 0.9, 0.999])), device,
-        draw(st.sampled_from(["element", "tile"])), seed=draw(st.integers(0, 99)),
-    )  # fmt: skip
-    head_dim, dtype = draw(st.sampled_from([32, 64])), draw(st.sampled_from(HALVES))
-    query = random_inputs((batch, heads, query_len, head_dim), dtype, device)[0]
-    key, value = random_inputs((batch, heads, key_len, head_dim), dtype, device)[:2]
-    arguments = {}
-    for name, length in (("query_lengths", query_len), ("key_lengths", key_len)):
-        if draw(st.booleans()):
-            arguments[name] = torch.tensor([draw(st.integers(0, length)) for _ in range(batch)], device=device)
-    if draw(st.booleans()):
-        arguments["key_padding_mask"] = torch.rand(batch, key_len, device=device) < 0.7
-    check(layout, (query, key, value), **arguments)
+    layout, tensors, arguments = draw_call(data.draw, device)
+    check(layout, tensors, **arguments)
