@@ -120,6 +120,7 @@ def sequence_bounds(
     if PACKED:
         first_token = tl.load(cu_seqlens + batch).to(tl.int64)
         length = (tl.load(cu_seqlens + batch + 1) - first_token).to(tl.int32)
+        length = tl.minimum(length, query_len)  # a traced call's max_length is not checked: nothing lies beyond
         return tl.zeros([], dtype=tl.int64), first_token, length, length, length, length
     rows_end = query_len
     keys_end = key_len
