@@ -1,7 +1,7 @@
-"""Compiles the default kernel configurations for GPUs without one: registers, spills, shared memory, matrix unit.
+"""Compiles the shipped kernel configurations for GPUs without one: registers, spills, shared memory, matrix unit.
 
     python -m benchmarks.kernel_report [--kernels forward] [--targets sm_90 gfx942]
-        [--variants padded "3 bits"] [--json OUT]
+        [--variants padded "3 bits"] [--head-dims 64] [--json OUT]
 
 Needs Triton alone; TRITON_INTERPRET must not be set.
 """
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparse_attn.kernels.backward import grad_key_value_kernel, grad_query_kernel
-from sparse_attn.kernels.configuration import KERNELS, KernelConfig, Problem, default_table
+from sparse_attn.kernels.configuration import KERNELS, TABLES, KernelConfig, Problem, read_table
 from sparse_attn.kernels.forward import forward_kernel
 from sparse_attn.kernels.launch import common_constants
 
@@ -63,11 +63,12 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of call: options of `common_constants`, and whether it rounds and what its lists look like follow from
-    the configuration, unless `full` says that all rows keep the same."""
+    """A kind of call: options of `common_constants`, whether it rounds, and whether to the mid-points of bins. What its
+    lists look like follows from the configuration, unless `full` says that all rows keep the same."""
 
     options: dict[str, bool]
     rounded: bool = False
+    mid_points: bool = True
 
 
 VARIANTS = {
@@ -76,14 +77,17 @@ VARIANTS = {
     "tile": Variant(dict(full=True, query_lengths=True, key_lengths=True)),
     "packed": Variant(dict(packed=True)),
     "3 bits": Variant(dict(packed=True), rounded=True),
+    "3 bits, calibrated": Variant(dict(key_lengths=True), rounded=True, mid_points=False),
     "causal, dropout": Variant(dict(causal=True, dropout=True)),
 }
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came out for one configuration: registers and spilled bytes a thread, shared memory in bytes a block."""
+    """What came out for one configuration: registers and spilled bytes a thread, shared memory in bytes a block, and
+    the instructions of the matrix unit."""
 
+    table: str
     kernel: str
     variant: str
     target: str
@@ -98,8 +102,9 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: an entry of the default tuning table, for a kind of call and a target."""
+    """One kernel to compile: an entry of the tuning table of that name, for a kind of call and a target."""
 
+    table: str
     problem: Problem
     config: KernelConfig
     dtype: torch.dtype
@@ -116,7 +121,7 @@ def compile_job(job: Job) -> Compiled:
         options = {**options, "parts": 2, "full": True}
     constants = common_constants(job.problem.head_dim, job.config, job.dtype, amd=target.amd, **options)
     levels = 8 if variant.rounded else 0
-    constants |= dict(LEVELS=levels, MID_POINTS=True, ROUNDED=levels > 0, HELD=job.config.held, STORE_LSE=True)
+    constants |= dict(LEVELS=levels, MID_POINTS=variant.mid_points, ROUNDED=levels > 0, HELD=job.config.held, STORE_LSE=True)
     signature, divisible = {}, {}
     for position, name in enumerate(function.arg_names):
         signature[name] = _type_of(name, job.dtype, constants)
@@ -129,7 +134,7 @@ def compile_job(job: Job) -> Compiled:
     compiled = triton.compile(source, target=target.gpu, options=stages)
     registers, spilled, matrix = _read_amd(compiled) if target.amd else _read_nvidia(compiled)
     return Compiled(
-        job.problem.kernel, job.variant, job.target, job.problem.head_dim,
+        job.table, job.problem.kernel, job.variant, job.target, job.problem.head_dim,
         str(job.dtype).removeprefix("torch."), job.config, registers, spilled, compiled.metadata.shared, matrix,
     )  # fmt: skip
 
@@ -144,20 +149,29 @@ def _type_of(name: str, dtype: torch.dtype, constants: dict[str, object]) -> str
     return "i64" if name == "dropout_threshold" else _POINTERS.get(name, "i32")
 
 
-def jobs(kernels: list[str], targets: list[str], variants: list[str]) -> list[Job]:
-    """Every entry of the default table, in the variants that it is used for; bfloat16, which differs from float16 in
-    the matrix instruction's type alone, for the forward kernel at head_dim 64 without rounding."""
-    found = []
-    for problem, config in default_table().entries:
-        if problem.kernel not in kernels:
-            continue
-        types = [torch.float16] if problem.element_bytes == 2 else [torch.float32]
-        if (problem.kernel, problem.rounded, problem.head_dim, problem.element_bytes) == ("forward", False, 64, 2):
-            types.append(torch.bfloat16)
-        # The backward kernels have one entry for calls with and without rounding.
-        used = [name for name in variants if problem.kernel != "forward" or VARIANTS[name].rounded == problem.rounded]
-        found += [Job(problem, config, *rest) for rest in product(types, used, targets)]
-    return found
+def jobs(kernels: list[str], targets: list[str], variants: list[str], head_dims: list[int] | None = None) -> list[Job]:
+    """Every entry of the default table for all targets, and of the tables of GPUs for those of their architecture, in
+    the variants that it is used for; bfloat16, which differs from float16 in the matrix instruction's type alone, for
+    the default table's forward kernel at head_dim 64 without rounding."""
+    found = {}
+    for path in sorted(TABLES.glob("*.json")):
+        table, default = read_table(path), path.stem == "default"
+        served = [target for target in targets if default or target == table.architecture]
+        for problem, config in table.entries:
+            if problem.kernel not in kernels or (head_dims and problem.head_dim not in head_dims):
+                continue
+            kind = (problem.kernel, problem.rounded, problem.head_dim, problem.element_bytes)
+            types = [torch.float16] if problem.element_bytes == 2 else [torch.float32]
+            if default and kind == ("forward", False, 64, 2):
+                types.append(torch.bfloat16)
+            # The backward kernels have one entry for calls with and without rounding.
+            used = [
+                name for name in variants if problem.kernel != "forward" or VARIANTS[name].rounded == problem.rounded
+            ]
+            for rest in product(types, used, served):
+                # Entries for other lengths and spreads may have the same configuration.
+                found[path.stem, kind, config, *rest] = Job(path.stem, problem, config, *rest)
+    return list(found.values())
 
 
 def compile_all(wanted: list[Job], processes: int) -> list[Compiled]:
@@ -166,14 +180,16 @@ def compile_all(wanted: list[Job], processes: int) -> list[Compiled]:
 
 
 def _read_nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, tuple[str, ...]]:
-    """Registers and spilled bytes a thread from the machine code's own record, and its matrix instructions."""
+    """Registers and spilled bytes a thread from the machine code's own record, and the assembly's instructions for the
+    matrix unit."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    matrix = sorted(set(re.findall(r"\b([A-Z]*HGMMA|[A-Z]*HMMA|UTC[A-Z]*MMA)\b", text)))
+    # Each is one instruction of the machine code: HMMA, HGMMA and UTC*MMA, which take much longer to list.
+    matrix = sorted(set(re.findall(r"\b(mma\.sync|wgmma|tcgen05)\.(?:aligned\.m|mma)", compiled.asm["ptx"])))
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), tuple(matrix)
 
 
@@ -194,16 +210,18 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--head-dims", nargs="+", type=int, help="default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    results = compile_all(jobs(arguments.kernels, arguments.targets, arguments.variants), arguments.processes)
-    columns = "{:>14} {:>8} {:>9} {:>16} {:>7} {:>14} {:>9} {:>8} {:>8}  {}"
-    heading = ("kernel", "head_dim", "dtype", "variant", "target", "cut", "registers", "spilled", "shared", "matrix")
-    print(columns.format(*heading))
+    wanted = jobs(arguments.kernels, arguments.targets, arguments.variants, arguments.head_dims)
+    results = compile_all(wanted, arguments.processes)
+    columns = "{:>12} {:>14} {:>8} {:>9} {:>18} {:>7} {:>14} {:>9} {:>8} {:>8}  {}"
+    measured = ("cut", "registers", "spilled", "shared", "matrix")
+    print(columns.format("table", "kernel", "head_dim", "dtype", "variant", "target", *measured))
     for one in results:
         cut = f"{one.config.rows}x{one.config.columns}" + (f"/{one.config.held}" if one.config.held else "")
-        shown = (one.kernel, one.head_dim, one.dtype, one.variant, one.target, cut, one.registers, one.spilled_bytes)
+        shown = (one.table, one.kernel, one.head_dim, one.dtype, one.variant, one.target, cut, one.registers, one.spilled_bytes)
         print(columns.format(*shown, one.shared_bytes, " ".join(one.matrix_instructions) or "-"))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))

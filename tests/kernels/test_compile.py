@@ -9,33 +9,37 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# A few bytes of wide configurations spill, most where float32 rows of 256 leave no room; more is a regression.
+# A few bytes of wide configurations spill, most where float32 rows of 256 leave no room; more is a regression. Those of
+# a measured table were the fastest on its GPU, spills and all.
 # Triton 3.6, which torch 2.11 brings, spills more: at head_dim 64 on chips older than sm_90, at 128 on gfx942.
 OLDER_THAN_SM_90 = ("sm_80", "sm_86", "sm_89")
 TRITON_36 = pytest.importorskip("triton").__version__.startswith("3.6.")
 SPILL_LIMIT_BYTES = {32: 24, 64: 48, 128: 288, 256: 1024} if TRITON_36 else {32: 16, 64: 16, 128: 128, 256: 1024}
+MEASURED_SPILL_LIMIT_BYTES = 128
 MATRIX_INSTRUCTIONS = {
-    "sm_80": {"HMMA"}, "sm_86": {"HMMA"}, "sm_89": {"HMMA"}, "sm_90": {"HGMMA", "HMMA"},
-    "sm_100": {"UTCHMMA", "HMMA"}, "gfx942": {"v_mfma"},
+    "sm_80": {"mma.sync"}, "sm_86": {"mma.sync"}, "sm_89": {"mma.sync"}, "sm_90": {"wgmma", "mma.sync"},
+    "sm_100": {"tcgen05", "mma.sync"}, "gfx942": {"v_mfma"},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> list[dict]:
-    """Two variants that hold all code paths of the kernels, compiled in processes without the interpreter; for chips
-    that differ little from others, the heavier one."""
+    """Every configuration for calls with padding and for rounding ones, compiled in processes without the interpreter;
+    for chips that differ little from others, the heavier kind; other kinds of call for one chip and head_dim."""
     folder, chips = tmp_path_factory.mktemp("report"), ["sm_80", "sm_90"]
     others = [chip for chip in MATRIX_INSTRUCTIONS if chip not in chips]
     return [
         *_report(folder / "both.json", chips, ["padded", "3 bits"]),
         *_report(folder / "others.json", others, ["3 bits"]),
+        *_report(folder / "kinds.json", ["sm_90"], ["tile", "3 bits, calibrated", "causal, dropout"], ["64"]),
     ]
 
 
-def _report(out: Path, targets: list[str], variants: list[str]) -> list[dict]:
+def _report(out: Path, targets: list[str], variants: list[str], head_dims: list[str] | None = None) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_report", "--json", str(out)]
     command += ["--targets", *targets, "--variants", *variants, "--processes", "2"]
+    command += ["--head-dims", *head_dims] if head_dims else []
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
     return json.loads(out.read_text())
 
@@ -47,16 +51,23 @@ def test_shipped_configurations_fit_the_chips(report):
     for kernel in ("forward", "grad_query", "grad_key_value"):
         assert {one["head_dim"] for one in report if one["kernel"] == kernel} == {32, 64, 128, 256}
     for one in report:
-        name = f"{one['kernel']}, {one['variant']}, head_dim {one['head_dim']}, {one['dtype']}, {one['target']}"
+        name = f"{one['table']}, {one['kernel']}, {one['variant']}, head_dim {one['head_dim']}, {one['dtype']}, {one['target']}"
         assert one["shared_bytes"] <= TARGETS[one["target"]].shared_limit, name
-        assert one["spilled_bytes"] <= SPILL_LIMIT_BYTES[one["head_dim"]], name
+        limit = SPILL_LIMIT_BYTES[one["head_dim"]] if one["table"] == "default" else MEASURED_SPILL_LIMIT_BYTES
+        assert one["spilled_bytes"] <= limit, name
         used = set(one["matrix_instructions"])
         assert used and used <= MATRIX_INSTRUCTIONS[one["target"]], f"{name}: matrix instructions {used}"
 
 
 def test_main_configuration_spills_nothing(report):
-    main = [one for one in report if one["head_dim"] == 64 and one["dtype"] != "float32" and not one["config"]["split"]]
+    main = [
+        one
+        for one in report
+        if (one["table"], one["head_dim"]) == ("default", 64)
+        and one["dtype"] != "float32"
+        and not one["config"]["split"]
+    ]
     assert {one["kernel"] for one in main} == {"forward", "grad_query", "grad_key_value"}
     assert all(one["spilled_bytes"] == 0 for one in main if not (TRITON_36 and one["target"] in OLDER_THAN_SM_90))
-    assert all("HGMMA" in one["matrix_instructions"] for one in main if one["target"] == "sm_90")
-    assert all("UTCHMMA" in one["matrix_instructions"] for one in main if one["target"] == "sm_100")
+    assert all("wgmma" in one["matrix_instructions"] for one in main if one["target"] == "sm_90")
+    assert all("tcgen05" in one["matrix_instructions"] for one in main if one["target"] == "sm_100")
