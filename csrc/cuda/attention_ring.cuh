@@ -116,8 +116,10 @@ class Ring {
     return true;
   }
 
-  // A slot is free when all warps have left it.
+  // A slot is free when all warps have left it, and what it is filled with has arrived: where an item has no groups,
+  // nobody else waits for its values.
   SPARSE_ATTN_DEVICE void leave(Seat seat) const {
+    await_values(seat);
     warp_barrier();
     if (lane_number() == 0) {
       arrive(barrier(seat.slot, SLOT_FREE));

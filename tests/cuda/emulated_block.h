@@ -11,6 +11,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace sparse_attn::emulator {
@@ -35,9 +36,10 @@ struct Copy {
   const void* from;  // null: zeros
 };
 
-// Copies take place when the phase ends that waits for them, no sooner.
+// Copies take place, and those who wait for them arrive, when somebody looks whether the phase has ended, no sooner.
 struct Barrier {
   int expected, missing;
+  int copying = 0;  // of the missing ones: have come, and wait for copies
   bool odd = false;
   std::vector<Copy> copies;
 };
@@ -129,6 +131,11 @@ inline void run_block(int number, int count, int threads, int shared_bytes, cons
   }
   swapcontext(&own.caller, &own.fibers[0].context);
   block = nullptr;
+  for (const auto& [address, barrier] : own.barriers) {
+    if (barrier.copying > 0 && own.error.empty()) {
+      own.error = "CUDA emulator: a block ends although nobody has waited for copies";
+    }
+  }
   if (!own.error.empty()) {
     throw std::runtime_error(own.error);
   }
@@ -144,6 +151,32 @@ inline unsigned char* shared_at(uint32_t address, uint32_t bytes) {
 inline void complete(const Copy& copy) {
   unsigned char* to = shared_at(copy.to, 16);
   copy.from ? std::memcpy(to, copy.from, 16) : std::memset(to, 0, 16);
+}
+
+inline void end_phase_if_complete(Barrier& barrier) {
+  if (barrier.missing == 0) {
+    barrier.missing = barrier.expected;
+    barrier.odd = !barrier.odd;
+    ++block->progress;
+  }
+}
+
+inline void complete_copies(Barrier& barrier) {
+  for (const Copy& copy : barrier.copies) {
+    complete(copy);
+  }
+  barrier.copies.clear();
+  barrier.missing -= std::exchange(barrier.copying, 0);
+  end_phase_if_complete(barrier);
+}
+
+// A barrier that another thread arrives at.
+inline Barrier& next_arrival(uint32_t address) {
+  Barrier& barrier = block->barriers.at(address);
+  if (barrier.missing == barrier.copying) {
+    fail("a barrier is used again although nobody has waited for its copies");
+  }
+  return barrier;
 }
 
 template <class T>

@@ -101,28 +101,25 @@ SPARSE_ATTN_DEVICE void start_barrier(uint32_t barrier, int arrivals) {
 }
 
 SPARSE_ATTN_DEVICE void arrive(uint32_t barrier) {
-  emulator::Barrier& own = emulator::block->barriers.at(barrier);
-  if (--own.missing == 0) {
-    for (const emulator::Copy& copy : own.copies) {
-      emulator::complete(copy);
-    }
-    own.copies.clear();
-    own.missing = own.expected;
-    own.odd = !own.odd;
-    ++emulator::block->progress;
-  }
+  emulator::Barrier& own = emulator::next_arrival(barrier);
+  --own.missing;
+  emulator::end_phase_if_complete(own);
 }
 
 SPARSE_ATTN_DEVICE void arrive_when_copied(uint32_t barrier) {
   auto& copies = emulator::block->fibers[emulator::block->current].groups.back();
-  auto& waiting = emulator::block->barriers.at(barrier).copies;
-  waiting.insert(waiting.end(), copies.begin(), copies.end());
+  emulator::Barrier& own = emulator::next_arrival(barrier);
+  own.copies.insert(own.copies.end(), copies.begin(), copies.end());
   copies.clear();
-  arrive(barrier);
+  ++own.copying;
 }
 
 SPARSE_ATTN_DEVICE bool has_passed(uint32_t barrier, bool odd) {
-  return emulator::block->barriers.at(barrier).odd != odd;
+  emulator::Barrier& own = emulator::block->barriers.at(barrier);
+  if (own.odd == odd && own.copying > 0) {
+    emulator::complete_copies(own);
+  }
+  return own.odd != odd;
 }
 
 SPARSE_ATTN_DEVICE bool await_a_while(uint32_t barrier, bool odd) {
