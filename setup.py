@@ -35,11 +35,11 @@ def extension_arguments() -> dict:
     from torch.utils.cpp_extension import CppExtension
 
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    others = (path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cu", ".py"))
     extension = CppExtension(
         "sparse_attn._C",
         sources,
-        depends=headers,
+        depends=sorted(str(path.relative_to(ROOT)) for path in others),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"],
         py_limited_api=True,

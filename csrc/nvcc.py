@@ -48,7 +48,8 @@ def compile_object(
 def link_arguments(nvcc: Path) -> list[str]:
     """What the linker needs beside the object file."""
     plan = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    root = Path(re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)[1])  # nvcc itself may be a script or a link
+    told = re.search(r"^#\$ TOP=(.*)$", plan, re.MULTILINE)  # nvcc itself may be a script or a link
+    root = Path(told[1]) if told else nvcc.resolve().parents[1]
     folders = [root / "lib64", root / "lib", *root.glob("targets/*/lib")]
     found = [folder.resolve() for folder in folders if (folder / "libcudart_static.a").exists()]
     return [*(f"-L{folder}" for folder in found), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -60,7 +61,7 @@ def built_object(folder: Path, include_dirs: Sequence[str], macros: Sequence[str
     nvcc, target = find(), folder / "cuda_attention.o"
     if nvcc is None:
         return _without("there is no nvcc (looked in CUDA_HOME and on the search path)")
-    newest = max(path.stat().st_mtime for path in SOURCE.parent.iterdir())
+    newest = max(path.stat().st_mtime for path in (Path(__file__), *SOURCE.parent.iterdir()))
     if not target.exists() or target.stat().st_mtime < newest:
         done = compile_object(nvcc, target, include_dirs, macros)
         if done.returncode != 0:

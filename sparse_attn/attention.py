@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -179,7 +178,10 @@ def _layout_arguments(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     kind = (backend.NAME, head_dim, dtype, table, training)
     if kind not in layout.arguments:
-        layout.arguments[kind] = backend.layout_arguments(layout, head_dim, dtype, table, training)
+        arguments = backend.layout_arguments(layout, head_dim, dtype, table, training)
+        if layout.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(layout.device).synchronize()  # calls on other streams read them too
+        layout.arguments[kind] = arguments
     return layout.arguments[kind]
 
 
@@ -238,7 +240,7 @@ def choose_backend(call: AttentionCall, layout: SparseLayout, training: bool, ba
         if not refusals[name]:
             if len(refusals) > 1 and not torch.compiler.is_compiling():
                 refusals.pop(name)
-                _warn_slower(name, _listed(refusals))
+                _warn_of_refusals(name, refusals)
             return BACKENDS[name]
     reasons = _listed(refusals)
     raise RuntimeError(f"cannot compute attention for {describe(call)} with backend {backend!r}. {reasons}")
@@ -248,12 +250,17 @@ def _listed(refusals: dict[str, list[str]]) -> str:
     return "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in refusals.items())
 
 
-@cache
-def _warn_slower(backend: str, reasons: str) -> None:
-    warnings.warn(
-        f"the backend {backend!r} computes attention, slower than another could on this device, because of: {reasons}",
-        stacklevel=4,
-    )
+_warned_of: set[tuple[str, ...]] = set()  # backends that took the place of others, and those
+
+
+def _warn_of_refusals(backend: str, refusals: dict[str, list[str]]) -> None:
+    """Says once what computes attention where the backends that are faster refuse."""
+    kind = (backend, *refusals)
+    if kind not in _warned_of:
+        _warned_of.add(kind)
+        warnings.warn(
+            f"the backend {backend!r} computes attention; the faster ones cannot: {_listed(refusals)}", stacklevel=4
+        )
 
 
 def describe(call: AttentionCall) -> str:

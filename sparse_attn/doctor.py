@@ -62,9 +62,8 @@ def _cuda_kernel() -> list[Finding]:
         return []
     if native_cuda.built():
         return [Finding("CUDA kernels", True, "built into the extension")]
-    return [
-        Finding("CUDA kernels", False, "not built: there was no nvcc", f"install nvcc, then {extension.HOW_TO_GET_IT}")
-    ]
+    remedy = f"install CUDA's compiler, nvcc, then {extension.HOW_TO_GET_IT}; with -v, pip shows what nvcc says"
+    return [Finding("CUDA kernels", False, "not built: there was no nvcc, or it could not compile them", remedy)]
 
 
 def _triton() -> Finding:

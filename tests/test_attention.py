@@ -333,10 +333,10 @@ def test_auto_takes_what_a_named_backend_refuses():
     layout = random_layout(2, 16, 0.5, "cpu")
     with pytest.raises(RuntimeError, match="head_dim 300 is larger than 256"):
         sparse_attention(*exact, layout, backend="triton")
-    attention._warn_slower.cache_clear()
-    with pytest.warns(UserWarning, match=r"'reference' computes attention, .* because of: .*float64") as warned:
+    attention._warned_of.clear()
+    with pytest.warns(UserWarning, match=r"'reference' computes attention; the faster ones cannot: .*float64") as warned:
         result = sparse_attention(*exact, layout)
-        sparse_attention(*exact, layout)
+        sparse_attention(*random_inputs((1, 2, 9, 400), torch.float64, "cpu"), layout)
     assert len(warned) == 1
     assert torch.equal(result, sparse_attention(*exact, layout, backend="reference"))
 
@@ -347,6 +347,23 @@ def test_heads_beyond_32_bit_offsets_are_refused():
     layout = random_layout(2, 5, 0.0, "cpu").to("meta")
     with pytest.raises(RuntimeError, match="one head of the value spans 2147483679 elements"):
         sparse_attention(near, near, far, layout, backend="triton")
+
+
+def test_output_gradients_beyond_32_bit_offsets_are_copied(monkeypatch):
+    from sparse_attn.kernels import launch
+
+    device = "cuda" if CUDA else "cpu"
+    layout = random_layout(2, 20, 0.5, device)
+    tensors = [tensor.contiguous() for tensor in random_inputs((1, 2, 20, 32), torch.float32, device)]
+    grad_output = torch.randn(1, 2, 20, 64, device=device)[..., ::2]
+    expected = gradients(tensors, layout, grad_output, "triton")
+    launched, launch_backward = [], launch.backward
+    monkeypatch.setattr(launch, "backward", lambda *given: launched.append(given) or launch_backward(*given))
+    for limit in (20 * 64, 20 * 32):  # what a head of grad_output needs, and less
+        monkeypatch.setattr(triton, "_MAX_OFFSET", limit)
+        own = gradients(tensors, layout, grad_output, "triton")
+        assert all(map(torch.equal, own, expected))
+    assert [given[3].is_contiguous() for given in launched] == [False, True]
 
 
 @pytest.mark.parametrize(("device", "changed_to"), [("cpu", []), ("cuda:0", []), ("cuda:1", [1])])

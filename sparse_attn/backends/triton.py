@@ -46,15 +46,16 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
     if call.query.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {call.query.shape[-1]} is larger than {MAX_HEAD_DIM}")
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        reach = sum((size - 1) * abs(stride) for size, stride in _within_a_head(tensor, call.packed))
-        if reach > _MAX_OFFSET:
-            reasons.append(f"one head of the {name} spans {reach} elements, more than 32 bits can address")
+        span = _head_span(tensor, call.packed)
+        if span > _MAX_OFFSET:
+            reasons.append(f"one head of the {name} spans {span} elements, more than 32 bits can address")
     return reasons
 
 
-def _within_a_head(tensor: Tensor, packed: bool) -> list[tuple[int, int]]:
+def _head_span(tensor: Tensor, packed: bool) -> int:
+    """How far the last element of a head lies behind its first one, in elements."""
     rows, dims = (0, 2) if packed else (2, 3)
-    return [(tensor.shape[rows], tensor.stride(rows)), (tensor.shape[dims], tensor.stride(dims))]
+    return sum((tensor.shape[dim] - 1) * abs(tensor.stride(dim)) for dim in (rows, dims))
 
 
 def _installed() -> bool:
@@ -114,6 +115,8 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import launch
 
+    if _head_span(grad_output, call.packed) > _MAX_OFFSET:
+        grad_output = grad_output.contiguous()
     gradients = tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (call.query, call.key, call.value)
     )
