@@ -77,7 +77,9 @@ def _asked_for(options: Namespace) -> tuple[Settings, list[Workload], list[Varia
     """Raises ValueError for a GPU or names that do not exist."""
     device = pick_device(options.device)
     by_name = {workload.name: workload for workload in WORKLOADS}
-    asked = options.workloads or [workload.name for workload in default_workloads(device)]
+    asked = options.workloads
+    if asked is None:
+        asked = [workload.name for workload in default_workloads(device)]
     workloads = [by_name[name].on(device) for name in chosen("--workloads", asked, list(by_name))]
     here = [variant for variant in all_variants() if device.type in variant.devices]
     variant_names = chosen("--variants", options.variants, [variant.name for variant in here])

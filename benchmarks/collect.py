@@ -30,7 +30,7 @@ from sparse_attn.squad.windows import collate, length_sorted_batches, make_windo
 from .device import circumstances, pick_device, synchronize
 from .measure import peak_memory
 from .options import OneLineParser, at_least, chosen, file_to_write, names
-from .pages import Table, complete_files
+from .pages import ABSENT, Table, complete_files
 from .squad.checkpoints import load_model, load_tokenizer, packaged_model
 from .squad.data import OWN_QUESTIONS
 from .squad.shapes import build_shape
@@ -94,14 +94,20 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 for input of no use, 1 where the two ways disagree."""
+    """Returns the exit status: 2 for input of no use, 1 where the two ways disagree or a figure is missing."""
     options = parse_options(arguments)
     try:
         device = pick_device(options.device)
         models = chosen("--models", options.models, list(MODELS))
         kinds = chosen("--batches", options.batches, list(BATCHES))
         made = {kind: make_batches(kind, options.data, options.windows, options.batch_size) for kind in kinds}
-        rows = [row for name in models for kind in kinds for row in measure(name, kind, made[kind], options, device)]
+        failures: list[str] = []
+        rows = [
+            row
+            for name in models
+            for kind in kinds
+            for row in measure(name, kind, made[kind], options, device, failures)
+        ]
     except (ValueError, OSError, ImportError) as error:
         return _fail(error, status=2)
     except Different as error:
@@ -113,12 +119,16 @@ def main(arguments: list[str] | None = None) -> int:
         "windows": sum(len(batch["input_ids"]) for batch in batches),
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
         "rows": rows,
+        "failures": failures,
     }
     table(results).print()
-    with complete_files(options.json.parent) as unfinished:
-        (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    try:
+        with complete_files(options.json.parent) as unfinished:
+            (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        return _fail(error, status=1)
     print(options.json)
-    return 0
+    return int(bool(failures))
 
 
 def make_batches(kind: str, data: Path, count: int, batch_size: int) -> list[Batch]:
@@ -144,8 +154,11 @@ def load(name: str, device: torch.device) -> PreTrainedModel:
     return build_shape(name, 0, torch.float32, "sdpa").to(device)
 
 
-def measure(name: str, kind: str, batches: list[Batch], options: Namespace, device: torch.device) -> list[dict]:
-    """A row for each way. Raises Different where their averages disagree."""
+def measure(
+    name: str, kind: str, batches: list[Batch], options: Namespace, device: torch.device, failures: list[str]
+) -> list[dict]:
+    """A row for each way; what could not be measured of it is added to `failures`. Raises Different where the averages
+    disagree."""
     model = load(name, device)
     means = [way(model, batches).mean for way in WAYS.values()]  # also warms both up
     difference = (means[0] - means[1]).abs().max().item()
@@ -168,15 +181,21 @@ def measure(name: str, kind: str, batches: list[Batch], options: Namespace, devi
             "median_s": statistics.median(taken),
             "seconds": taken,
             "largest_difference": difference,
-            "peak_memory_bytes": _in_own_process(name, kind, way, options, device),
+            "peak_memory_bytes": _in_own_process(name, kind, way, options, device, failures),
         }
         for way, taken in seconds.items()
     ]
 
 
-def _in_own_process(name: str, kind: str, way: str, options: Namespace, device: torch.device) -> int:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(memory_of, name, kind, way, options, device).result()
+def _in_own_process(
+    name: str, kind: str, way: str, options: Namespace, device: torch.device, failures: list[str]
+) -> int | None:
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(memory_of, name, kind, way, options, device).result()
+    except RuntimeError as error:  # no memory left, or a process that was killed
+        failures.append(f"{name}, {kind}, {way}: peak memory: {' '.join(str(error).split())}")
+        return None
 
 
 def memory_of(name: str, kind: str, way: str, options: Namespace, device: torch.device) -> int:
@@ -193,7 +212,8 @@ def table(results: dict[str, Any]) -> Table:
         [
             row["model"], row["batches"], row["way"], f"{row['median_s']:.2f}",
             f"{results['windows'] / row['median_s']:.1f}",
-            f"{plain[row['model'], row['batches']] / row['median_s']:.2f}x", f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
+            f"{plain[row['model'], row['batches']] / row['median_s']:.2f}x",
+            ABSENT if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
         ]
         for row in rows
     ]  # fmt: skip
@@ -202,7 +222,7 @@ def table(results: dict[str, Any]) -> Table:
         columns=COLUMNS,
         rows=cells,
         text_columns=3,
-        notes=[f"{kind}: {text}" for kind, text in BATCHES.items()],
+        notes=[*(f"{kind}: {text}" for kind, text in BATCHES.items()), *results.get("failures", [])],
     )
 
 

@@ -22,6 +22,9 @@ from sparse_attn.kernels.configuration import TABLES, table_name
 
 from .gpu_steps import OK, SKIPPED, Outcome, Step, print_summary, run_steps, write_summary
 from .options import OneLineParser, chosen, folder_to_write, names, positive
+from .squad.checkpoints import load_tokenizer
+from .squad.data import choose_questions
+from .squad.options import parse_options as squad_options
 
 USUAL = ("build", "tests", "tune", "native", "attention", "squad", "squad-shape")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -41,7 +44,9 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
         prog="python -m benchmarks.gpu_suite",
         description="Tests, tunes and measures on this machine's GPU, within a fixed time.",
     )
-    parser.add_argument("--steps", type=names, help=f"by commas, of {', '.join(NAMES)} (default: {','.join(USUAL)})")
+    parser.add_argument(
+        "--steps", type=names, help=f"by commas, of {', '.join(NAMES)}, or all (default: {','.join(USUAL)})"
+    )
     parser.add_argument("--minutes", type=positive, default=9.5, help="for everything (default: %(default)s)")
     parser.add_argument(
         "--output", type=folder_to_write, metavar="DIR", default="results/gpu", help="(default: %(default)s)"
@@ -70,7 +75,8 @@ def make_steps(options: Namespace, device: str) -> list[Step]:
         *(_sanitizer_step(tool) for tool in SANITIZERS),
         Step("long", _long_command(output / "long.json"), share=12, least=120),
     ]
-    wanted = chosen("--steps", list(USUAL) if options.steps is None else options.steps, list(NAMES))
+    asked = list(NAMES) if options.steps == ["all"] else options.steps
+    wanted = chosen("--steps", list(USUAL) if asked is None else asked, list(NAMES))
     return [step for step in steps if step.name in wanted]
 
 
@@ -81,7 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         device = _gpu_name()
         steps = make_steps(options, device)
-    except ValueError as error:
+        _check_inputs(options)
+    except (ValueError, OSError) as error:
         print(f"benchmarks.gpu_suite: error: {error}", file=sys.stderr)
         return 2
     return _run(steps, options, device, start)
@@ -151,8 +158,7 @@ def _random_command(backend: str, cases: int) -> tuple[str, ...]:
 def _squad_step(name: str, options: Namespace, model: str | None, output: Path, share: float) -> Step:
     """Its folder in `output` holds the rows of a run that is stopped, too; nothing large lies there."""
     folder = output / name
-    given = {"--model": model, "--data": options.data}
-    named = [word for option, value in given.items() if value is not None for word in (option, value)]
+    named = _squad_inputs(model, options.data)
     return Step(
         name,
         _python("squad", "--device", "cuda", "--dtype", "bfloat16", "--output", folder, *named),
@@ -161,6 +167,18 @@ def _squad_step(name: str, options: Namespace, model: str | None, output: Path, 
         copies=((folder / "results.json", output / f"{name}.json"),),
         skipped=_no_model(model),
     )
+
+
+def _squad_inputs(model: str | None, data: str | None) -> list[str]:
+    given = {"--model": model, "--data": data}
+    return [word for option, value in given.items() if value is not None for word in (option, value)]
+
+
+def _check_inputs(options: Namespace) -> None:
+    """Reads what the last steps will want, before the first ones take minutes. Raises ValueError or OSError."""
+    choose_questions(squad_options(_squad_inputs(options.model, options.data)))
+    if options.model not in (None, _SHAPE):
+        load_tokenizer(options.model)
 
 
 def _no_model(model: str | None) -> str:

@@ -120,8 +120,8 @@ def compile_job(job: Job) -> Compiled:
     if job.config.split and not options.get("full"):
         options = {**options, "parts": 2, "full": True}
     constants = common_constants(job.problem.head_dim, job.config, job.dtype, amd=target.amd, **options)
-    levels = 8 if variant.rounded else 0
-    constants |= dict(LEVELS=levels, MID_POINTS=variant.mid_points, ROUNDED=levels > 0, HELD=job.config.held, STORE_LSE=True)
+    constants |= dict(LEVELS=8 if variant.rounded else 0, MID_POINTS=variant.mid_points, ROUNDED=variant.rounded)
+    constants |= dict(HELD=job.config.held, STORE_LSE=True)
     signature, divisible = {}, {}
     for position, name in enumerate(function.arg_names):
         signature[name] = _type_of(name, job.dtype, constants)
@@ -165,12 +165,11 @@ def jobs(kernels: list[str], targets: list[str], variants: list[str], head_dims:
             if default and kind == ("forward", False, 64, 2):
                 types.append(torch.bfloat16)
             # The backward kernels have one entry for calls with and without rounding.
-            used = [
-                name for name in variants if problem.kernel != "forward" or VARIANTS[name].rounded == problem.rounded
-            ]
+            rounded = {problem.rounded} if problem.kernel == "forward" else {False, True}
+            used = [name for name in variants if VARIANTS[name].rounded in rounded]
             for rest in product(types, used, served):
                 # Entries for other lengths and spreads may have the same configuration.
-                found[path.stem, kind, config, *rest] = Job(path.stem, problem, config, *rest)
+                found[(path.stem, kind, config, *rest)] = Job(path.stem, problem, config, *rest)
     return list(found.values())
 
 
@@ -221,8 +220,9 @@ def main() -> None:
     print(columns.format("table", "kernel", "head_dim", "dtype", "variant", "target", *measured))
     for one in results:
         cut = f"{one.config.rows}x{one.config.columns}" + (f"/{one.config.held}" if one.config.held else "")
-        shown = (one.table, one.kernel, one.head_dim, one.dtype, one.variant, one.target, cut, one.registers, one.spilled_bytes)
-        print(columns.format(*shown, one.shared_bytes, " ".join(one.matrix_instructions) or "-"))
+        named = (one.table, one.kernel, one.head_dim, one.dtype, one.variant, one.target, cut)
+        matrix = " ".join(one.matrix_instructions) or "-"
+        print(columns.format(*named, one.registers, one.spilled_bytes, one.shared_bytes, matrix))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
 

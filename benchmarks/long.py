@@ -3,7 +3,8 @@
 The model has BERT-base's shape with 4,096 positions and random weights, the masks keep 10 % of the positions: a band,
 global tokens and stripes of keys. Attention is about half of the dense arithmetic at that length. Times are taken in
 turns in one process, peak memory after that: in the same process on a GPU, in one for each variant on a CPU. Writes
-JSON when the times are there and again after every figure of memory, and prints a table.
+JSON when the times are there and again after every figure of memory, and prints a table, also where the file cannot be
+written.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 for input of no use, 1 where a variant failed."""
+    """Returns the exit status: 2 for input of no use, 1 where a variant failed or the file could not be written."""
     options = parse_options(arguments)
     try:
         device = pick_device(options.device)
@@ -54,8 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         known = variants_on(device)
         wanted = chosen("--variants", options.variants, list(dict.fromkeys(one.name for one in known)))
     except ValueError as error:
-        print(f"benchmarks.long: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, status=2)
     variants = [one for one in known if one.name in wanted]
     rows, failures = measure(document, variants, options.seconds)
     results: dict[str, Any] = {
@@ -64,16 +64,25 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": list(rows.values()),
         "failures": failures,
     }
-    _write(results, options.json)
-    for variant, row in rows.items():
-        try:
-            row["peak_memory_bytes"] = _memory(document, variant)
-        except RuntimeError as error:  # no memory left, or a process that was killed
-            failures.append(_failure(variant, error, "peak memory: "))
+    try:
         _write(results, options.json)
+        for variant, row in rows.items():
+            try:
+                row["peak_memory_bytes"] = _memory(document, variant)
+            except RuntimeError as error:  # no memory left, or a process that was killed
+                failures.append(_failure(variant, error, "peak memory: "))
+            _write(results, options.json)
+    except OSError as error:
+        table(results).print()
+        return _fail(error, status=1)
     table(results).print()
     print(options.json)
     return int(bool(failures))
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"benchmarks.long: error: {error}", file=sys.stderr)
+    return status
 
 
 def _write(results: dict[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 from sparse_attn import GlobalMask, patch_bert
 from sparse_attn.bitpacking import PackedMask
 
+from .squad.peers import use_flex
 from .synthetic_masks import synthetic_mask
 
 _BERT_BASE = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
@@ -47,8 +48,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Variant:
-    """An encoder: its attention, its mask ("dense", "element" or "tile"), the bits that probabilities are rounded to,
-    whether its layers are compiled, and `patch_bert`'s `onednn`."""
+    """An encoder: its attention ("eager" or "sdpa"; over a mask "sparse" or "flex"), its mask ("dense", "element" or
+    "tile"), the bits that probabilities are rounded to, whether its layers are compiled, `patch_bert`'s `onednn`."""
 
     name: str
     attention: str
@@ -64,22 +65,25 @@ class Variant:
 
 
 def variants_on(device: torch.device) -> list[Variant]:
-    """Those worth measuring on a device: compiling gains little on a CPU, where there is oneDNN to tell apart."""
+    """Those worth measuring on a device: compiling gains little on a CPU and takes minutes, but there is oneDNN to tell
+    apart."""
     variants = [
         Variant("eager", "eager"),
         Variant("sdpa", "sdpa"),
-        Variant("sparse", "sdpa", "element"),
-        Variant("sparse", "sdpa", "tile"),
-        Variant("sparse", "sdpa", "tile", bits=3),
+        Variant("sparse", "sparse", "element"),
+        Variant("sparse", "sparse", "tile"),
+        Variant("sparse", "sparse", "tile", bits=3),
     ]
     if device.type == "cuda":
         variants += [
+            Variant("flex", "flex", "element"),
+            Variant("flex", "flex", "tile"),
             Variant("compiled", "sdpa", compiled=True),
-            Variant("sparse-compiled", "sdpa", "element", compiled=True),
-            Variant("sparse-compiled", "sdpa", "tile", compiled=True),
+            Variant("sparse-compiled", "sparse", "element", compiled=True),
+            Variant("sparse-compiled", "sparse", "tile", compiled=True),
         ]
     else:
-        variants.append(Variant("sparse-plain", "sdpa", "tile", onednn=False))
+        variants.append(Variant("sparse-plain", "sparse", "tile", onednn=False))
     return variants
 
 
@@ -91,10 +95,13 @@ def inputs_of(document: Document) -> dict[str, Tensor]:
 def make(document: Document, variant: Variant, mask_length: int | None = None) -> Forward:
     """A function from inputs to the last hidden state. All variants have the same weights, and masks of `mask_length`,
     by default the document's."""
-    model = _model(document, variant.attention)
+    model = _model(document, "sdpa" if variant.mask != "dense" else variant.attention)
     if variant.mask != "dense":
         mask = _mask(document, variant.mask, mask_length or document.length)
-        patch_bert(model, mask, variant.bits, onednn=variant.onednn)
+        if variant.attention == "flex":
+            use_flex(model, mask)
+        else:
+            patch_bert(model, mask, variant.bits, onednn=variant.onednn)
     if variant.compiled:
         for layer in model.encoder.layer:
             layer.compile(dynamic=False)

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 where nothing can be measured, 1 where a kernel failed."""
     options = parse_options(arguments)
     if not torch.cuda.is_available() or not native_cuda.built():
-        what = "no GPU is available" if not torch.cuda.is_available() else "the extension was built without nvcc"
+        what = "no GPU is available" if not torch.cuda.is_available() else "the extension has no CUDA kernels"
         print(f"benchmarks.tune_native: error: {what}", file=sys.stderr)
         return 2
     from .tuning.bench import Layouts

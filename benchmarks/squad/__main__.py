@@ -30,6 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    try:
+        return _read_and_run(options)
+    except KeyboardInterrupt:
+        return _fail("interrupted; --resume goes on from the rows that are printed above", status=130)
+
+
+def _read_and_run(options: Namespace) -> int:
     with ExitStack() as processes:
         try:
             processes.enter_context(launched(options.device))
@@ -40,8 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
             return _run(setting)
         except OSError as error:
             return _fail(error, status=1)
-        except KeyboardInterrupt:
-            return _fail("interrupted; --resume goes on from the rows that are printed above", status=130)
 
 
 def _run(asked: Setting) -> int:

@@ -12,7 +12,7 @@ from sparse_attn import GlobalMask
 from sparse_attn.distributed import rank_and_world
 from sparse_attn.squad.reading import Question
 
-from ..device import commit, describe_device, versions
+from ..device import code_version, describe_device, versions
 from .setting import Setting
 from .worker import Job
 
@@ -25,7 +25,7 @@ class Keys:
         self._revision = setting.revision
         self._shared = {
             "device": describe_device(setting.device),
-            "commit": commit(),
+            "code": code_version(),
             "versions": versions(),
             "inputs": hashlib.sha256(inputs.read_bytes()).hexdigest(),
             "processes": rank_and_world()[1],

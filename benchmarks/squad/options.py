@@ -12,6 +12,8 @@ from .shapes import SHAPES
 from .sweeps import SWEEPS, Sweep
 from .variants import COMPILED, DEFAULT, NAMES
 
+_MADE_MASKS = {"sparsity": 0.9, "granularity": ["element"]}  # options that --mask leaves no room for
+
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options; a bad one ends the program with one line on stderr and exit status 2."""
@@ -24,7 +26,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_mask(parser.add_argument_group("mask"))
     _add_measurement(parser.add_argument_group("measurement"))
     _add_training(parser.add_argument_group("fine-tuning"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    given = [name for name in _MADE_MASKS if getattr(options, name) is not None]
+    if options.mask is not None and given:
+        parser.error(f"argument --mask: --{given[0]} is of masks that are made; this one stays as it is")
+    for name, default in _MADE_MASKS.items():
+        setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
+    swept = [width for sweep in options.sweep if sweep.name == "bits" for width in sweep.values]
+    if options.table != "published" and not any([options.bits, *swept]):
+        parser.error(f"argument --table: no row rounds to {options.table} values with --bits none")
+    return options
 
 
 def _add_inputs(group) -> None:
@@ -55,13 +66,11 @@ def _add_mask(group) -> None:
     group.add_argument(
         "--sparsity",
         type=_sparsity,
-        default=0.9,
-        help="share of positions to prune, in [0, 1) (default: %(default)s)",
+        help=f"share of positions to prune, in [0, 1) (default: {_MADE_MASKS['sparsity']})",
     )
     group.add_argument(
         "--granularity",
         type=_granularities,
-        default=["element"],
         help="element, tile (16 queries x 1 key together), or both, by a comma: rows for each mask (default: element)",
     )
     group.add_argument(

@@ -98,13 +98,14 @@ def _flex_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None,
     scaling: float | None = None, dropout: float = 0.0, key_lengths: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """query, key, value [batch, heads, length, head_dim], key_lengths int [batch]."""
+    """query, key, value [batch, heads, length, head_dim], key_lengths int [batch] where there is padding."""
     block_mask = getattr(module, _FLEX_STATE).of(query.shape[2])
 
     def without_padding(score, batch, head, query_index, key_index):
         return torch.where(key_index < key_lengths[batch], score, _PRUNED)
 
-    output = _compiled_flex()(query, key, value, score_mod=without_padding, block_mask=block_mask, scale=scaling)
+    score_mod = None if key_lengths is None else without_padding
+    output = _compiled_flex()(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -54,7 +54,7 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
     query, device = call.query, call.query.device
     reasons = []
     if _built_without():
-        reasons.append("the extension was built without CUDA kernels; `python -m sparse_attn.doctor` says how to get them")
+        reasons.append("the extension has no CUDA kernels; `python -m sparse_attn.doctor` says how to get them")
     if training and (call.table is not None or call.causal):
         reasons.append("the backward pass has neither rounding nor causality")
     if query.dtype not in _DTYPES:

@@ -1,6 +1,7 @@
 """benchmarks.collect: both ways agree before they are timed, and the table and the file say what was measured."""
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def small(monkeypatch):
     monkeypatch.setattr(collect, "_in_own_process", lambda *_: 5 * 10**8)
 
 
+in_own_process = collect._in_own_process
 ARGUMENTS = ["--models", "minilm", "--batches", "padded", "--windows", "6", "--batch-size", "3", "--repeats", "2"]
 
 
@@ -58,6 +60,20 @@ def test_ways_that_disagree_are_not_timed(small, monkeypatch, tmp_path, capsys):
     out = tmp_path / "collect.json"
     assert collect.main([*ARGUMENTS, "--device", "cpu", "--json", str(out)]) == 1
     assert "minilm, padded: averages differ by" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_figure_that_is_missing_loses_no_other(small, monkeypatch, tmp_path, capsys):
+    def killed(*arguments, **settings):
+        raise BrokenProcessPool("a process\nwas terminated abruptly")
+
+    monkeypatch.setattr(collect, "_in_own_process", in_own_process)
+    monkeypatch.setattr(collect, "ProcessPoolExecutor", killed)
+    out = tmp_path / "collect.json"
+    assert collect.main([*ARGUMENTS, "--device", "cpu", "--json", str(out)]) == 1
+    results = json.loads(out.read_text())
+    assert [row["peak_memory_bytes"] for row in results["rows"]] == [None, None]
+    assert "minilm, padded, collect_averages: peak memory: a process was terminated" in results["failures"][1]
+    assert results["failures"][0] in capsys.readouterr().out
 
 
 def test_bad_options_are_named(capsys):

@@ -141,7 +141,7 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     options.steps = []
     with pytest.raises(ValueError, match="--steps"):
         gpu_suite.make_steps(options, "Some GPU")
-    options.steps = list(gpu_suite.NAMES)
+    options.steps = ["all"]
     steps = gpu_suite.make_steps(options, "Some GPU")
     assert [step.name for step in steps] == list(gpu_suite.NAMES) and not any(step.skipped for step in steps)
     assert all(step.least >= 40 for step in steps)
@@ -163,6 +163,13 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
             assert step.copies == ((tmp_path / step.name / "results.json", tmp_path / f"{step.name}.json"),)
     options.steps = ["squad", "tests"]
     assert [step.name for step in gpu_suite.make_steps(options, "Some GPU")] == ["tests", "squad"]
+
+
+@pytest.mark.parametrize("bad", [["--data", "absent.json"], ["--model", "./absent"]])
+def test_what_the_last_steps_want_is_looked_at_first(bad, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite, "_gpu_name", lambda: "Some GPU")
+    assert gpu_suite.main(["--output", str(tmp_path / "results"), *bad]) == 2
+    assert bad[1] in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU")

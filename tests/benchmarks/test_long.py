@@ -51,6 +51,17 @@ def test_measures_every_variant(tmp_path, capsys, monkeypatch):
     assert [cells[-1] for cells in long.table(results).rows] == ["1.00 GB"] * 3 + [ABSENT]
 
 
+def test_a_file_that_cannot_be_written_costs_no_table(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(long, "_write", full)
+    small = ["--length", "64", "--layers", "1", "--seconds", "0.01", "--variants", "sdpa"]
+    assert long.main([*small, "--device", "cpu", "--json", str(tmp_path / "long.json")]) == 1
+    printed = capsys.readouterr()
+    assert "1.00x" in printed.out and "benchmarks.long: error: [Errno 28]" in printed.err
+
+
 def test_memory_on_a_cpu_is_that_of_a_process_of_its_own():
     document = Document(1, 64, 1, 0.5, "float32", "cpu")
     assert 10**8 < long._memory(document, Variant("sdpa", "sdpa")) < 10**10

