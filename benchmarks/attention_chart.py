@@ -9,7 +9,7 @@ from .attention_results import Row, find_rows, flops_per_byte, groups, useful_fl
 from .attention_table import milliseconds
 from .attention_variants import OWN_NAMES
 from .attention_workloads import FORWARD, PASSES
-from .pages import rate
+from .pages import rate, save_svg
 
 _COLORS = {"ours": "#1f6fb2", "peer, masked": "#c9852b", "peer, dense": "#9aa5b1"}
 _MARKERS = "osD^vPX*"
@@ -32,7 +32,7 @@ def draw_times(results: dict[str, Any], path: Path) -> None:
     handles = [Line2D([], [], color=color, linewidth=6, label=label) for label, color in _COLORS.items()]
     figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=9)
     _title(figure, results, "median ms of one call, each axis logarithmic")
-    _save(figure, path)
+    save_svg(figure, path)
 
 
 def draw_roofline(results: dict[str, Any], path: Path) -> None:
@@ -84,7 +84,7 @@ def draw_roofline(results: dict[str, Any], path: Path) -> None:
     ]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     _title(figure, results, "roofline: work on kept positions alone")
-    _save(figure, path)
+    save_svg(figure, path)
 
 
 def _draw_panel(axis, rows: list[Row], title: str, most_bars: int) -> None:
@@ -130,12 +130,3 @@ def _figure(width: float, height: float):
 def _title(figure, results: dict[str, Any], what: str) -> None:
     text = f"{results['device']}, {results['dtype']}: {what}"
     figure.suptitle(text, x=0.01, ha="left", fontsize=11, color=_INK)
-
-
-def _save(figure, path: Path) -> None:
-    """Writes the figure so that the same results give the same file."""
-    import matplotlib
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})

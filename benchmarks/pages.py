@@ -1,4 +1,4 @@
-"""Pages of Markdown, and files that are complete or not there at all."""
+"""Pages of Markdown, their pictures, and files that are complete or not there at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import rich.table
+    from matplotlib.figure import Figure
 
 ABSENT = "–"
 _WIDEST = 1000
@@ -67,6 +68,15 @@ def between_markers(page: str, begin: str, end: str, section: str) -> str:
     if not found_begin or not found_end:
         raise ValueError(f"the page lacks {begin} or {end}")
     return f"{before}{begin}\n{section}{end}{after}"
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Writes the figure so that the same results give the same file."""
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def rate(value: float, unit: str) -> str:

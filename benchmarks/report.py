@@ -18,15 +18,14 @@ from typing import Any
 from . import collect, long
 from .attention_chart import draw_roofline, draw_times
 from .attention_results import newest_results
-from .attention_table import goal_lines, measured_lines, summary_lines
+from .attention_table import SUMMARY_COLUMNS, goal_lines, measured_lines, summary_rows
 from .device import ROOT
-from .pages import between_markers, table_lines
+from .pages import between_markers, save_svg, table_lines
 from .pass_goals import collection_goals, long_goals, squad_goals
-from .squad.summary import has_baseline
-from .squad.summary import heading as squad_heading
-from .squad.summary import summary_lines as squad_summary_lines
+from .squad import summary as squad
+from .squad.chart import sweep_figure
 from .squad.table import measured_lines as squad_lines
-from .squad.table import published_lines, sparse_training
+from .squad.table import sweep_lines
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -37,33 +36,32 @@ NO_GPU = "No GPU has been measured yet."
 
 
 def squad_summary(folder: Path) -> str:
-    """Markdown of every SQuAD result below `folder` with the baseline, a short table each, and of the published
-    figures."""
-    lines = []
-    for path, results in read_results(folder, "squad"):
-        if not has_baseline(results):
-            continue
-        lines += [f"{squad_heading(results)} ({results['device']}):", "", *squad_summary_lines(results), ""]
-        training = sparse_training(results)
-        lines += [training, ""] if training else []
-        lines += [f"File: [{_name(path, folder)}]({_name(path, folder)})", ""]
-    return "\n".join([*lines, *published_lines()])
+    """Markdown of a table with a line for every SQuAD result below `folder` that has the baseline, and for the
+    published figures."""
+    found = [(path, results) for path, results in read_results(folder, "squad") if squad.has_baseline(results)]
+    lines = [squad.published_cells(), *(squad.summary_cells(results, _name(path, folder)) for path, results in found)]
+    return "\n".join([*table_lines(squad.SUMMARY_COLUMNS, lines, text_columns=2), ""])
 
 
 def squad_section(folder: Path) -> str:
     """Markdown of every SQuAD result below `folder` with all that it says."""
     lines = []
     for path, results in read_results(folder, "squad"):
-        lines += [f"### {results['device']}, {squad_heading(results)}", ""]
-        lines += [*squad_lines(results), *_file_lines(path, folder)]
+        lines += [f"### {results['device']}, {squad.heading(results)}", ""]
+        lines += squad_lines(results)
+        for sweep in results.get("sweeps", ()):
+            name = sweep["name"]
+            lines += [f"Sweep over {name}:", "", *sweep_lines(sweep)]
+            lines += [f"![Sweep over {name}](images/{sweep_picture(path, name)})", ""]
+        lines += _file_lines(path, folder)
     return "\n".join(lines)
 
 
 def pass_section(folder: Path) -> str:
     """Markdown of the goals for whole passes, and of what was measured on long documents and of collections."""
-    squad, long_documents, collections = (read_results(folder, kind) for kind in ("squad", "long", "collect"))
+    passes, long_documents, collections = (read_results(folder, kind) for kind in ("squad", "long", "collect"))
     reached = [
-        [f"{results['device']}, {squad_heading(results)}", one] for _, results in squad for one in squad_goals(results)
+        [f"{results['device']}, {squad.heading(results)}", one] for _, results in passes for one in squad_goals(results)
     ]
     reached += [[long.table(results).title, one] for _, results in long_documents for one in long_goals(results)]
     reached += [[results["device"], one] for _, results in collections for one in collection_goals(results)]
@@ -77,13 +75,14 @@ def pass_section(folder: Path) -> str:
 
 
 def attention_summary(folder: Path) -> str:
-    """Markdown of the newest attention results of each device: a short table each."""
+    """Markdown of a table with some lines for the newest attention results of each device."""
     found = newest_results(folder)
-    lines = [] if _on_gpu(found) else [NO_GPU, ""]
+    rows = []
     for path, results in found:
-        lines += [f"{_heading(results)}:", "", *summary_lines(results), ""]
-        lines += [f"File: [{_name(path, folder)}]({_name(path, folder)})", ""]
-    return "\n".join(lines)
+        link = f"[{_heading(results)}]({_name(path, folder)})"
+        rows += [["" if index else link, *row] for index, row in enumerate(summary_rows(results))]
+    lines = table_lines(("device", *SUMMARY_COLUMNS), rows, text_columns=3)
+    return "\n".join([*([] if _on_gpu(found) else [NO_GPU, ""]), *lines, ""])
 
 
 def attention_section(folder: Path) -> str:
@@ -134,11 +133,14 @@ def rendered_pages(folder: Path) -> dict[Path, str]:
 
 
 def draw_pictures(folder: Path, images: Path) -> None:
-    """Writes the pictures that `attention_section` shows."""
+    """Writes the pictures that `attention_section` and `squad_section` show."""
     for path, results in newest_results(folder):
         times, roofline = pictures(path, results).values()
         draw_times(results, images / times)
         draw_roofline(results, images / roofline)
+    for path, results in read_results(folder, "squad"):
+        for sweep in results.get("sweeps", ()):
+            save_svg(sweep_figure(results, sweep), images / sweep_picture(path, sweep["name"]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,6 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
         path.write_text(page, encoding="utf-8")
     draw_pictures(RESULTS, IMAGES)
     return 0
+
+
+def sweep_picture(path: Path, name: str) -> str:
+    """The file that shows a sweep of a results file."""
+    return f"{path.stem}-{name}-{path.parent.name}.svg"
 
 
 def _on_gpu(found: list[tuple[Path, dict[str, Any]]]) -> bool:

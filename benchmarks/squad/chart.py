@@ -38,7 +38,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_sweep(results: dict[str, Any], sweep: dict[str, Any], path: Path) -> None:
-    """Writes a PNG with F1 (where there is any), speed-up and peak memory over the swept values, a curve for each
+    """Writes `sweep_figure` as a PNG."""
+    sweep_figure(results, sweep).savefig(path, dpi=150)
+
+
+def sweep_figure(results: dict[str, Any], sweep: dict[str, Any]):
+    """A figure with F1 (where there is any), speed-up and peak memory over the swept values, a curve for each
     granularity; the broken line is the table's first row."""
     name, rows, first = sweep["name"], sweep["rows"], results["rows"][0]
     panels = [
@@ -64,7 +69,7 @@ def draw_sweep(results: dict[str, Any], sweep: dict[str, Any], path: Path) -> No
         axis.set_xlabel("share of positions pruned" if name == "sparsity" else "bits")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(fontsize=9)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _figure(size: tuple[float, float], results: dict[str, Any], subject: str | None = None):

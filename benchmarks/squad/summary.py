@@ -1,15 +1,18 @@
-"""The short form of SQuAD results that the README shows: the baseline, the fastest peer, and this package's rows."""
+"""The short form of SQuAD results that the README shows, a line for each file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from ..pages import ABSENT, table_lines
-from .table import COLUMNS, cells
+from ..pages import ABSENT
+from .table import COLUMNS, PUBLISHED, cells, sparse_training
 
 Row = dict[str, Any]
-_SHOWN = ("variant", "mask", "bits", "EM", "F1", "seconds", "peak memory", "speed-up")
+SUMMARY_COLUMNS = (
+    "model and data", "device", "eager-padded", "fastest peer", "sparse", "mask", "against eager-padded",
+    "against the peer", "F1", "peak memory",
+)  # fmt: skip
 
 
 def is_own(row: Row) -> bool:
@@ -17,7 +20,7 @@ def is_own(row: Row) -> bool:
     return row["attention"] == "sparse"
 
 
-def fastest(rows: Sequence[Row]) -> Row | None:
+def fastest(rows: Iterable[Row]) -> Row | None:
     return min(rows, key=lambda row: row["seconds"], default=None)
 
 
@@ -38,14 +41,34 @@ def has_baseline(results: dict[str, Any]) -> bool:
     return any(row["variant"] == "eager-padded" for row in results["rows"])
 
 
-def summary_lines(results: dict[str, Any]) -> list[str]:
-    """A table in Markdown, with how many times as fast as the fastest peer a row is."""
-    peer = fastest_peer(results)
-    places = [COLUMNS.index(name) for name in _SHOWN]
-    lines = []
-    for index, row in enumerate(results["rows"]):
-        if index == 0 or row is peer or is_own(row):
-            against = ABSENT if peer is None else f"{peer['seconds'] / row['seconds']:.2f}x"
-            texts = cells(row)
-            lines.append([*(texts[place] for place in places), against])
-    return table_lines([*_SHOWN, "against the fastest peer"], lines)
+def summary_cells(results: dict[str, Any], link: str) -> list[str]:
+    """One line for a file of results with the baseline: it, the fastest peer, and the fastest of this package's rows.
+    F1 and memory are the baseline's and that row's. `link` leads to the file."""
+    baseline, peer, own = results["rows"][0], fastest_peer(results), fastest(filter(is_own, results["rows"]))
+    shown = {name: dict(zip(COLUMNS, cells(row))) for name, row in (("dense", baseline), ("sparse", own))}
+    mask = [shown["sparse"]["mask"], *([] if own["bits"] is None else [f"{own['bits']} bits"])]
+    return [
+        f"[{heading(results)}]({link})",
+        results["device"],
+        shown["dense"]["seconds"],
+        f"{peer['variant']} {dict(zip(COLUMNS, cells(peer)))['seconds']}",
+        f"{own['variant']} {shown['sparse']['seconds']}",
+        ", ".join([*mask, *(["trained with it"] if sparse_training(results) else [])]),
+        f"{baseline['seconds'] / own['seconds']:.2f}x",
+        f"{peer['seconds'] / own['seconds']:.2f}x",
+        *_changes(shown["dense"], shown["sparse"]),
+    ]
+
+
+def published_cells() -> list[str]:
+    """The published figures as a line like these."""
+    dense, sparse = (dict(zip(COLUMNS, cells(row))) for row in PUBLISHED)
+    return [
+        "published", "another machine", dense["seconds"], ABSENT, sparse["seconds"], sparse["mask"],
+        f"{PUBLISHED[0]['seconds'] / PUBLISHED[1]['seconds']:.2f}x", ABSENT, *_changes(dense, sparse),
+    ]  # fmt: skip
+
+
+def _changes(dense: dict[str, str], sparse: dict[str, str]) -> list[str]:
+    """F1 and peak memory of two rows."""
+    return [ABSENT if sparse[name] == ABSENT else f"{dense[name]} → {sparse[name]}" for name in ("F1", "peak memory")]

@@ -149,8 +149,13 @@ def markdown(results: dict[str, Any]) -> str:
     """The results as a page of Markdown: what was measured, its sweeps, and the published figures under them."""
     lines = ["# SQuAD", "", *measured_lines(results)]
     for sweep in results.get("sweeps", ()):
-        lines += [f"## Sweep over {sweep['name']}", "", *_lines(sweep["rows"]), ""]
+        lines += [f"## Sweep over {sweep['name']}", "", *sweep_lines(sweep)]
     return "\n".join([*lines, *published_lines()])
+
+
+def sweep_lines(sweep: dict[str, Any]) -> list[str]:
+    """The rows of a sweep in Markdown."""
+    return [*_lines(sweep["rows"]), ""]
 
 
 def published_lines() -> list[str]:

@@ -1,7 +1,7 @@
 """Goals for whole passes, on made-up results."""
 
 from benchmarks.pass_goals import collection_goals, long_goals, squad_goals
-from benchmarks.squad.summary import heading, summary_lines
+from benchmarks.squad.summary import SUMMARY_COLUMNS, heading, published_cells, summary_cells
 
 
 def row(variant, seconds, memory=1.0, mask=None, bits=None, f1=None, granularity=None):
@@ -69,12 +69,21 @@ def test_long_documents_and_collections():
     assert [(one.figure, one.met) for one in collection_goals({"rows": ways})] == [("2.00x", True), ("1.95x", False)]
 
 
-def test_the_summary_shows_the_baseline_the_fastest_peer_and_ours():
-    lines = summary_lines(results(TIMES))
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "eager-padded", "sdpa-unpadded", "sparse-padded", "sparse-unpadded",
+def test_the_summary_shows_the_baseline_the_fastest_peer_and_the_fastest_of_ours():
+    measured = {**results(TIMES), "data": {"name": "x"}, "device": "a CPU", "checkpoints": {"dense": {}}}
+    measured["arguments"] = {"dtype": "float32"}
+    named, *figures = summary_cells(measured, "file.json")
+    assert named == "[bert-base-shape, x, float32](file.json)"
+    assert figures == [
+        "a CPU", "8.00", "sdpa-unpadded 2.20", "sparse-unpadded 2.00", "90%", "4.00x", "1.10x", "–",
+        "2.00 GB → 1.21 GB",
     ]  # fmt: skip
-    assert lines[-1].endswith("| 4.00x | 1.10x |") and "90% element" not in lines[2]
+    trained = {"losses": [1.0], "how": "distilled"}
+    measured |= {"checkpoints": {"dense": {}, "sparse": trained}, "rows": [{**one, "f1": 50.0} for one in TIMES]}
+    measured["rows"].append({**TIMES[-1], "bits": 3, "seconds": 1.0, "f1": 49.0})
+    assert summary_cells(measured, "")[4:6] == ["sparse-unpadded 1.00", "90%, 3 bits, trained with it"]
+    assert summary_cells(measured, "")[8] == "50.00 → 49.00"
+    assert len(published_cells()) == len(SUMMARY_COLUMNS) == len(figures) + 1
 
 
 def test_a_heading_tells_runs_with_other_levels_apart():

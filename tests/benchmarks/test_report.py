@@ -11,6 +11,7 @@ from benchmarks.pages import between_markers, complete_files, rate
 from benchmarks.report import (
     IMAGES,
     NO_GPU,
+    README,
     RESULTS,
     SECTIONS,
     attention_section,
@@ -22,6 +23,7 @@ from benchmarks.report import (
     squad_section,
     squad_summary,
 )
+from sparse_attn import GlobalMask, is_patched
 from tests.benchmarks.attention_samples import make_results, make_row
 
 ROWS = (
@@ -60,13 +62,23 @@ def test_a_changed_figure_shows(tmp_path):
     (folder / "device").mkdir(parents=True)
     (folder / "device" / "squad-x.json").write_text(json.dumps(results))
     section = squad_section(folder)
+    assert "| 12.34 |" in section
     for text in (section, squad_summary(folder)):
-        assert "| 12.34 |" in text and "benchmarks/results/device/squad-x.json" in text
+        assert "benchmarks/results/device/squad-x.json" in text
     results["rows"] = [row for row in results["rows"] if row["variant"] != "eager-padded"]
     (folder / "device" / "squad-x.json").write_text(json.dumps(results))
     assert "squad-x.json" not in squad_summary(folder) and "squad-x.json" in squad_section(folder)
     begin, end = SECTIONS[0].markers
     assert section in between_markers(f"a {begin} old {end} b", begin, end, section)
+
+
+def test_the_first_example_of_the_readme_runs(model_folder, tmp_path, monkeypatch):
+    code = README.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("deepset/bert-base-cased-squad2", str(model_folder)), names)
+    assert names["logits"].shape[0] == 2 and is_patched(names["model"])
+    assert GlobalMask.load("mask.safetensors") == names["mask"]
 
 
 def test_committed_results_name_no_machine_path():
