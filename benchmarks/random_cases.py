@@ -32,7 +32,7 @@ class Target:
     backend: str
     device_type: str
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
-    head_dims: tuple[int, ...] = (16, 32, 40, 64, 64, 80, 96, 128)
+    head_dims: tuple[int, ...] = (16, 32, 40, 64, 64, 80, 96, 128, 256)
     longest: int = 2048
     positions: int = 2**23
     drops: bool = True

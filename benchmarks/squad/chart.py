@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .table import mask_text
+from .table import is_own, mask_text
 
 _DENSE, _SPARSE, _SECOND = "#9aa5b1", "#1f6fb2", "#d9822b"
 _STYLES = {"element": (_SPARSE, "o"), "tile": (_SECOND, "s")}
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 def draw(results: dict[str, Any], path: Path) -> None:
     """Writes a PNG with time, peak memory and, where there is any, F1 of every row, side by side."""
     rows = results["rows"]
-    colors = [_SPARSE if row["variant"].startswith("sparse") else _DENSE for row in rows]
+    colors = [_SPARSE if is_own(row) else _DENSE for row in rows]
     panels = [
         ("seconds, whole set", [row["seconds"] for row in rows], "{:.3g}"),
         ("peak memory, GB", [row["peak_memory_bytes"] / 1e9 for row in rows], "{:.2f}"),

@@ -12,10 +12,10 @@ from typing import Any
 from sparse_attn import GlobalMask
 
 from ..pages import ABSENT
-from .html_charts import is_own, row_charts, row_details, row_labels, sweep_charts, sweep_key
+from .html_charts import row_charts, row_details, row_labels, sweep_charts, sweep_key
 from .html_parts import bullets, details, fact_list, figures, section, table, table_of_markup, table_row
 from .mask_pictures import mask_section
-from .table import COLUMNS, PUBLISHED_LABEL, cells, measured_lines, with_speedups
+from .table import COLUMNS, PUBLISHED_LABEL, cells, is_own, measured_lines, with_speedups
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _IN_THE_HEADING = ("variant", "mask", "bits")  # columns that each row's heading shows, which stays in sight

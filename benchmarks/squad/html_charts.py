@@ -9,7 +9,7 @@ from typing import Any
 
 from ..pages import ABSENT
 from .svg_charts import Bar, Curve, bar_chart, curve_chart
-from .table import mask_text
+from .table import is_own, mask_text
 
 Row = dict[str, Any]
 
@@ -18,11 +18,6 @@ _F1_AGAINST = (
     ("F1 against seconds", "seconds", lambda row: row.get("seconds")),
     ("F1 against peak memory", "GB", lambda row: _gigabytes(row)),
 )
-
-
-def is_own(row: Row) -> bool:
-    """Whether the row is the project's attention, and not a peer's."""
-    return row["variant"].startswith("sparse")
 
 
 def row_details(rows: Sequence[Row], without: str = "") -> list[str]:

@@ -21,7 +21,7 @@ from ..attention_variants import Absent
 PACKED, FLEX = "squad_packed", "squad_flex"
 FLEX_BLOCK = 128  # tokens of a BlockMask's square blocks
 _FLEX_STATE = "_squad_flex"
-_PRUNED = -1e30  # finite, so that rows of padding have no NaN that values of 0 would spread
+_PADDING_SCORE = -1e30  # finite, so that rows of padding have no NaN that values of 0 would spread
 
 
 def use_packed(model: PreTrainedModel) -> str:
@@ -102,7 +102,7 @@ def _flex_forward(
     block_mask = getattr(module, _FLEX_STATE).of(query.shape[2])
 
     def without_padding(score, batch, head, query_index, key_index):
-        return torch.where(key_index < key_lengths[batch], score, _PRUNED)
+        return torch.where(key_index < key_lengths[batch], score, _PADDING_SCORE)
 
     score_mod = None if key_lengths is None else without_padding
     output = _compiled_flex()(query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scaling)

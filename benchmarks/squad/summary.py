@@ -6,18 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..pages import ABSENT
-from .table import COLUMNS, PUBLISHED, cells, sparse_training
+from .table import COLUMNS, PUBLISHED, cells, is_own, sparse_training
 
 Row = dict[str, Any]
 SUMMARY_COLUMNS = (
     "model and data", "device", "eager-padded", "fastest peer", "sparse", "mask", "against eager-padded",
     "against the peer", "F1", "peak memory",
 )  # fmt: skip
-
-
-def is_own(row: Row) -> bool:
-    """Whether it is this package's attention."""
-    return row["attention"] == "sparse"
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:

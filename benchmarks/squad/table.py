@@ -50,6 +50,11 @@ def with_speedups(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | Non
     return [{**row, "speedup": (baseline or rows[0])["seconds"] / row["seconds"]} for row in rows]
 
 
+def is_own(row: dict[str, Any]) -> bool:
+    """Whether a row is this package's attention, not a peer's."""
+    return row["variant"].startswith("sparse")
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row's texts, in the order of `COLUMNS`; a dash for what it does not have."""
 
