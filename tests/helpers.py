@@ -14,10 +14,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def backends(*names: str) -> list:
-    """Test parameters (backend, device): Triton on the GPU, or in its interpreter without one; the others on both. What
-    the native kernels for GPUs refuse is skipped (tests/conftest.py)."""
+    """Test parameters (backend, device): Triton on the GPU, or in its interpreter without one; the C++ kernels on the
+    CPU; PyTorch on both."""
     places = [(name, "cpu") for name in names if name != "triton" or not CUDA]
-    places += [(name, "cuda") for name in names]
+    places += [(name, "cuda") for name in names if name != "native"]
     no_gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
     not_built = pytest.mark.skipif(not extension.available(), reason="the C++ extension is not built")
     marks = {"cuda": [no_gpu], "native": [not_built]}
