@@ -45,6 +45,32 @@ def test_every_instruction_set_computes_the_same(instruction_set, dtype, head_di
             assert_within_budget(result, query, key, value, layout, **arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 24])
+def test_every_instruction_set_reads_parts_of_larger_tensors(instruction_set, dtype, head_dim):
+    """Packed sequences, one of them empty, and a few queries behind an offset; forward and backward."""
+    layout, lengths = random_layout(2, 48, 0.6, "cpu"), (17, 0, 40, 1)
+    wide = torch.randn(3, sum(lengths), 2, 2 * head_dim + 3).to(dtype)
+    packed = [tensor[..., 1 : 1 + head_dim] for tensor in wide]
+    arguments = dict(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), bits=3)
+    own = sparse_attention(*packed, layout, backend="native", **arguments)
+    grad_output = torch.randn(sum(lengths), 2, 2 * head_dim).to(dtype)[..., ::2]
+    grads = gradients(packed, layout, grad_output, "native", **arguments)
+    for end, length in zip(torch.tensor(lengths).cumsum(0).tolist(), lengths, strict=True):
+        if length == 0:
+            continue
+        part = slice(end - length, end)
+        alone = [tensor[part].transpose(0, 1).unsqueeze(0) for tensor in (*packed, grad_output)]
+        assert_within_budget(own[part].transpose(0, 1).unsqueeze(0), *alone[:3], layout, bits=3)
+        own_grads = gradients(alone[:3], layout, alone[3], "native", bits=3)
+        for grad, apart in zip(grads, own_grads, strict=True):
+            assert torch.equal(grad[part].transpose(0, 1), apart[0])
+    query, key, value = (tensor[:40].transpose(0, 1).unsqueeze(0) for tensor in packed)
+    arguments = dict(causal=True, query_offset=33)
+    result = sparse_attention(query[:, :, 33:], key, value, layout, backend="native", **arguments)
+    assert_within_budget(result, query[:, :, 33:], key, value, layout, **arguments)
+
+
 @pytest.mark.parametrize("arguments", [{}, dict(bits=3, dropout=0.3), dict(causal=True, bits=6)])
 def test_every_instruction_set_has_the_same_gradients(instruction_set, arguments):
     layout = random_layout(2, 50, 0.6, "cpu")
