@@ -91,13 +91,13 @@ def measured_lines(results: dict[str, Any]) -> list[str]:
         "",
     ]
     for name, workload in results["workloads"].items():
-        lines += [f"#### {name}", "", ". ".join([_shape(workload), *_densities(results, name)]), ""]
+        lines += [f"### {name}", "", ". ".join([_shape(workload), *_densities(results, name)]), ""]
         for direction in dict.fromkeys(row["pass"] for row in results["rows"] if row["workload"] == name):
             dense = fastest_dense(results, name, direction)
             rows = [cells(row, dense) for row in find_rows(results, name, direction)]
             lines += [f"{direction.capitalize()}:", "", *table_lines(COLUMNS, rows, text_columns=2), ""]
     if results["absent"]:
-        lines += ["#### Absent", "", *(f"- {line}" for line in absence_lines(results["absent"])), ""]
+        lines += ["### Absent", "", *(f"- {line}" for line in absence_lines(results["absent"])), ""]
     return lines
 
 

@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 SQUAD = ROOT / "docs" / "squad.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+ATTENTION = ROOT / "docs" / "attention-results.md"
 IMAGES = ROOT / "docs" / "images"
 NO_GPU = "No GPU has been measured yet."
 
@@ -86,13 +87,20 @@ def attention_summary(folder: Path) -> str:
 
 
 def attention_section(folder: Path) -> str:
-    """Markdown of the newest attention results of each device: goals, pictures and all rows."""
+    """Markdown of the newest attention results of each device: goals and pictures."""
     found = newest_results(folder)
     lines = [] if _on_gpu(found) else [NO_GPU, ""]
     for path, results in found:
         lines += [f"### {_heading(results)}", "", *goal_lines(results)]
         lines += [f"![{kind}](images/{name})\n" for kind, name in pictures(path, results).items()]
-        lines += [*measured_lines(results), *_file_lines(path, folder)]
+    return "\n".join(lines)
+
+
+def attention_rows(folder: Path) -> str:
+    """Markdown of the newest attention results of each device: all rows."""
+    lines = []
+    for path, results in newest_results(folder):
+        lines += [f"## {_heading(results)}", "", *measured_lines(results), *_file_lines(path, folder)]
     return "\n".join(lines)
 
 
@@ -120,6 +128,7 @@ SECTIONS = (
     Section(SQUAD, "squad", squad_section),
     Section(PERFORMANCE, "pass", pass_section),
     Section(PERFORMANCE, "attention", attention_section),
+    Section(ATTENTION, "attention", attention_rows),
 )
 
 

@@ -14,6 +14,7 @@ from benchmarks.report import (
     README,
     RESULTS,
     SECTIONS,
+    attention_rows,
     attention_section,
     attention_summary,
     draw_pictures,
@@ -128,8 +129,8 @@ def test_the_summary_compares_with_the_fastest_dense_peer(folder):
     assert "NVIDIA H200, float16" in summary and NO_GPU not in summary and "99" not in summary
 
 
-def test_the_section_has_goals_pictures_rows_and_absences(folder):
-    section = attention_section(folder)
+def test_sections_have_goals_pictures_rows_and_absences(folder):
+    section = attention_section(folder) + attention_rows(folder)
     assert "| squad384 | forward | tile | – | fastest dense peer | at least 2.2x as fast | 3.12x | yes | tri" in section
     assert "| squad384 | forward | tile | – | memory floor | at most 1.4x the time | 2.00x | no | triton" in section
     assert "| long4096 | forward | tile | – | fastest dense peer | at least 6x as fast | – | not measured |" in section
