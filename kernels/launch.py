@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -171,8 +173,7 @@ def backward_key_value(
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Sizes:
+class _Sizes(NamedTuple):
     batch: int
     heads: int
     query_len: int
@@ -191,8 +192,7 @@ class _Sizes:
         return self.query_offset // rows, -(-(self.query_offset + self.query_len) // rows)
 
 
-@dataclass(frozen=True)
-class _Tiles:
+class _Tiles(NamedTuple):
     """The programs of one sequence: see `primitives.program_place`."""
 
     count: int
@@ -213,12 +213,15 @@ class _Tiles:
 
 
 def _constants(call: AttentionCall, config: KernelConfig, lists: StepLists, tiles: _Tiles) -> dict[str, object]:
-    return common_constants(
+    return _same_constants(
         call.query.shape[-1], config, call.query.dtype, parts=lists.stops.shape[1], full=lists.full,
         ordered=tiles.ordered, amd=torch.version.hip is not None, causal=call.causal, packed=call.packed,
         query_lengths=call.query_lengths is not None, key_lengths=call.key_lengths is not None,
         key_padding=call.key_padding is not None, dropout=call.seed is not None,
     )  # fmt: skip
+
+
+_same_constants = cache(common_constants)  # a launch takes longer to prepare than a short input to compute
 
 
 def _levels(rounding: Rounding | None, absent: Tensor) -> Tensor:

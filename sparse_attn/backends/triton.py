@@ -6,6 +6,7 @@ import importlib.util
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import astuple
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,9 +140,11 @@ def _current(device: torch.device) -> AbstractContextManager:
 def _kernel_arguments(call: AttentionCall, kernel: str) -> tuple[StepLists, KernelConfig]:
     """The lists and the configuration that `layout_arguments` chose for a kernel."""
     place = KERNELS.index(kernel)
-    full, rows, columns, num_warps, num_stages, held, split = call.layout_sizes[7 * place : 7 * place + 7]
-    lists = StepLists(*call.layout[4 * place : 4 * place + 4], full=bool(full))
-    return lists, KernelConfig(rows, columns, num_warps, num_stages, held, bool(split))
+    full, *config = call.layout_sizes[7 * place : 7 * place + 7]
+    return StepLists(*call.layout[4 * place : 4 * place + 4], full=bool(full)), _same_config(*config)
+
+
+_same_config = cache(KernelConfig)
 
 
 def _rounding(call: AttentionCall) -> Rounding | None:
