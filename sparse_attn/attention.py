@@ -57,7 +57,7 @@ def sparse_attention(
         key_padding_mask: bool [batch, key_len], false = padding, for padding elsewhere than at the end.
         cu_seqlens: int32 [sequences + 1], cumulative lengths of packed sequences, starting with 0.
         max_length: the longest packed sequence, or more, where the caller knows it; otherwise the call waits for the
-            device to tell. Outside of CPUs and in traced calls it is not checked.
+            device to tell. On GPUs it is not checked; output rows beyond it stay uninitialised.
         causal: no query looks at keys after its absolute position.
         query_offset: absolute position of the first query, for decoding with a key-value cache.
         dropout: share of probabilities dropped; the seed comes from torch's generator.
