@@ -170,7 +170,9 @@ def _usable_device(backend: str, name: str | None) -> torch.device:
     if not TRITON_INSTALLED:
         raise ValueError(NOT_INSTALLED)
     if device.type == "cpu" and not interpreting():
-        raise ValueError("on a CPU only Triton's interpreter runs the kernels; set TRITON_INTERPRET=1")
+        raise ValueError(
+            "on a CPU only Triton's interpreter runs the kernels; set TRITON_INTERPRET=1, or pass --backend native"
+        )
     return device
 
 

@@ -53,7 +53,8 @@ def sparse_attention(
         scale: factor on the scores; head_dim ** -0.5 by default.
         bits: 1 to 8 rounds probabilities to 2 ** bits levels of the published log-scale table (Ji et al. 2021); or a
             QuantizationTable; None does not round. Gradients pass straight through.
-        query_lengths, key_lengths: int [batch]; rows and keys from there on are padding. Padding rows yield zeros.
+        query_lengths, key_lengths: int [batch]; rows and keys from there on are padding; more than there are means all,
+            fewer than 0 none. Padding rows yield zeros.
         key_padding_mask: bool [batch, key_len], false = padding, for padding elsewhere than at the end.
         cu_seqlens: int32 [sequences + 1], cumulative lengths of packed sequences, starting with 0.
         max_length: the longest packed sequence, or more, where the caller knows it; otherwise the call waits for the

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .cutting import Cut, expect_fast_tokenizer
 from .integrations.models import evaluating
+from .integrations.transformers import is_patched
 from .trainer import GroupedTrainer, Schedule, train
 
 Example = Mapping[str, Sequence[int]]
@@ -181,6 +182,10 @@ def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor
 
 
 def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[Example]) -> None:
+    if is_patched(teacher) and not is_patched(student):
+        raise ValueError(
+            "the teacher is patched and the student is not; expected the dense model as teacher: swap them"
+        )
     if student is teacher:
         raise ValueError("student and teacher are one object; expected two models: load or copy the student")
     sizes = [(model.config.num_hidden_layers, model.config.hidden_size) for model in (student, teacher)]

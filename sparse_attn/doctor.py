@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -108,7 +109,8 @@ def _linear_layers() -> Finding:
     return Finding("linear layers on cpu", bool(names), text)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="python -m sparse_attn.doctor", description=__doc__).parse_args(arguments)
     for finding in examine():
         print(f"{'ok     ' if finding.ok else 'missing'}  {finding.name}: {finding.text}")
         if finding.remedy:

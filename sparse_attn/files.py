@@ -24,6 +24,8 @@ def save_tensors(
     """Writes `tensors` and JSON-serialisable `metadata` to `path`; a file that is already there stays whole
     until the new one is complete. Raises OSError where it cannot be written."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder; expected the name of a file to write")
     header = {"kind": kind, "format_version": FORMAT_VERSION, "package_version": __version__, **metadata}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +42,14 @@ def save_tensors(
         raise
 
 
+def expect_file(path: Path, expected: str) -> None:
+    """Raises FileNotFoundError, or IsADirectoryError, where `path` is no file; `expected` says of what kind."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder; expected {expected}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected {expected}")
+
+
 def load_tensors(
     path: str | os.PathLike, kind: str, names: tuple[str, ...]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -49,8 +59,7 @@ def load_tensors(
     another kind, of a newer format, or without one of the tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a sparse_attn {kind} file")
+    expect_file(path, f"a sparse_attn {kind} file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = (file.metadata() or {}).get(_HEADER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ class GlobalMask:
         Args:
             averages: from `collect_averages` or `load_published_averages`.
             sparsity: share of positions to prune, in [0, 1). It counts positions that were seen; those that never
-                held two real tokens are pruned on top (but for the diagonal).
+                held two real tokens are pruned on top (but for the diagonal); a UserWarning says where these are most.
             granularity: "element" ranks single positions; "tile" ranks 16 consecutive queries x 1 key by their mean,
                 which costs a kernel half the work at equal sparsity.
             scope: what is ranked together: the heads of a "layer" (as published), each "head", or the whole "model".
@@ -88,8 +89,15 @@ class GlobalMask:
         if strict:
             keep = ranking.published_rule(averages.mean, sparsity, whole=averages.metadata.get("source"))
         else:
-            tile_rows = TILE_ROWS if granularity == "tile" else 1
-            keep = ranking.largest(averages.mean, averages.counts > 0, sparsity, tile_rows, scope, keep_diagonal)
+            tile_rows, seen = TILE_ROWS if granularity == "tile" else 1, averages.counts > 0
+            keep = ranking.largest(averages.mean, seen, sparsity, tile_rows, scope, keep_diagonal)
+            if 2 * (longest := ranking.longest_seen(seen)) <= len(seen):
+                warnings.warn(
+                    f"the averages are for {len(seen)} positions, but the longest sequence had {longest}: from "
+                    f"there on the mask keeps {'the diagonal' if keep_diagonal else 'nothing'}. Collect on sequences "
+                    "as long as inputs will be, or with a smaller max_length",
+                    stacklevel=2,
+                )
         made = dict(sparsity=sparsity, granularity=granularity, scope=scope, keep_diagonal=keep_diagonal, strict=strict)
         return cls(keep, {**made, "averages": averages.metadata})
 
@@ -137,6 +145,9 @@ class GlobalMask:
             keep = keep.expand(heads, -1, -1)
         if keep.ndim == 3 and layers is not None:
             keep = keep.expand(layers, -1, -1, -1)
+        for name, wanted, dim in (("layers", layers, -4), ("heads", heads, -3)):
+            if wanted is not None and keep.ndim >= -dim and keep.shape[dim] != wanted:
+                raise ValueError(f"{name} is {wanted}, but the mask has shape {tuple(keep.shape)}")
         return cls(keep)
 
     @classmethod
@@ -160,10 +171,17 @@ class GlobalMask:
         keep = torch.empty(layers, heads, query_len, key_len, dtype=torch.bool, device="cpu")
         for layer in range(layers):
             for head in range(heads):
-                kept = torch.as_tensor(function(layer, head, query, key), device="cpu")
-                if kept.dtype != torch.bool:
-                    raise ValueError(f"the mask function returned {kept.dtype}, expected torch.bool (true = kept)")
-                keep[layer, head] = kept
+                kept = function(layer, head, query, key)
+                if not isinstance(kept, bool | torch.Tensor) or torch.as_tensor(kept).dtype != torch.bool:
+                    found = kept.dtype if isinstance(kept, torch.Tensor) else type(kept).__name__
+                    raise ValueError(f"the mask function returned {found}, expected torch.bool (true = kept)")
+                try:
+                    keep[layer, head] = torch.as_tensor(kept, device="cpu")
+                except RuntimeError as error:
+                    raise ValueError(
+                        f"the mask function returned shape {tuple(kept.shape)}, which does not broadcast to "
+                        f"{(query_len, key_len)}"
+                    ) from error
         return cls(keep)
 
     @property
@@ -249,13 +267,15 @@ class GlobalMask:
     def layout(self, layer: int, device: torch.device | str | None = None) -> SparseLayout:
         """The compiled mask of a layer (0-based) on `device` (default: the CPU), made once and cached."""
         layer = self._checked(layer)
-        device = torch.device("cpu") if device is None else torch.empty(0, device=device).device
+        device = torch.device("cpu") if device is None else _existing(device)
         if (layer, device) not in self._layouts:
             on_cpu = self._layouts.setdefault((layer, torch.device("cpu")), SparseLayout(self._packed[layer]))
             self._layouts[layer, device] = on_cpu.to(device)
         return self._layouts[layer, device]
 
     def _checked(self, layer: int) -> int:
+        if not isinstance(layer, int):
+            raise TypeError(f"layer is {layer!r}, expected the index of a layer, from 0")
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer is {layer}; the mask has layers 0 to {self.layers - 1}")
         return layer
@@ -273,6 +293,14 @@ class GlobalMask:
             return cls(PackedMask(tensors["keep_bits"], header["shape"]), header["metadata"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged {_KIND} file: {error}") from error
+
+
+def _existing(device: torch.device | str) -> torch.device:
+    """The device with its index. Raises ValueError where there is none of that name."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device is {device!r}, which this torch has not: {str(error).splitlines()[0]}") from error
 
 
 def _checked_sparsity(sparsity: float) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .averages import AttentionAverages
+from .files import expect_file
 
 FORMATS = ("bert", "fairseq", "transformer-xl")
 
@@ -30,12 +31,11 @@ def load_published_averages(path: str | os.PathLike, source: str | None = None) 
     path = Path(path)
     if source is not None and source not in FORMATS:
         raise ValueError(f"source is {source!r}, expected one of {FORMATS} or None")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a published attention pattern (.npy)")
+    expect_file(path, "a published attention pattern (.npy)")
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a readable .npy array without pickled objects ({error})") from error
+        raise ValueError(f"{path}: not a readable .npy array of numbers; pickled objects are not loaded") from error
     if not isinstance(array, np.ndarray) or array.ndim != 5 or array.dtype.kind != "f":
         raise ValueError(
             f"{path}: {getattr(array, 'dtype', type(array).__name__)} of shape {getattr(array, 'shape', None)}; "

@@ -87,9 +87,11 @@ def quantize(probabilities: torch.Tensor, table: int | QuantizationTable | None)
     A number of bits means the published table, None no rounding.
 
     p < threshold becomes 0, everything else levels[1 + min(floor((log2 p - log2 threshold) / step), 2**bits - 2)].
-    NaN stays NaN. The gradient passes straight through.
+    NaN stays NaN. The gradient passes straight through. Raises TypeError for integers.
     """
     table = as_table(table)
+    if not probabilities.is_floating_point():
+        raise TypeError(f"probabilities are {probabilities.dtype}, expected a floating-point dtype")
     return probabilities if table is None else _StraightThroughRounding.apply(probabilities, table)
 
 

@@ -47,9 +47,9 @@ def largest(
     forced = int((diagonal & (seen_rows > 0)).sum()) * per_pool
     if forced > budget:
         warnings.warn(
-            f"the mask keeps {forced / seen_in_pool:.1%} of the positions, more than the {1.0 - sparsity:.1%} that "
-            f"sparsity {sparsity} asks for: the diagonal alone takes that much at length {query_len}. Pass "
-            "keep_diagonal=False, granularity='element', or make the mask for longer inputs",
+            f"the mask keeps {forced / seen_in_pool:.1%} of the positions up to length {longest_seen(seen)}, more than "
+            f"the {1.0 - sparsity:.1%} that sparsity {sparsity} asks for: the diagonal alone takes that much. Pass "
+            "keep_diagonal=False, granularity='element', or averages of longer sequences",
             stacklevel=3,
         )
         budget = forced
@@ -59,6 +59,11 @@ def largest(
     keep.scatter_(1, order[:, : budget + unseen_diagonal], True)
     keep = keep.view(layers, heads, -1, key_len) & (scores >= 0)
     return keep.repeat_interleave(tile_rows, dim=2)[:, :, :query_len]
+
+
+def longest_seen(seen: torch.Tensor) -> int:
+    """How many queries have seen a position, counted up to the last one. bool [query_len, key_len]"""
+    return int(seen.any(1).nonzero().max()) + 1
 
 
 def published_rule(mean: torch.Tensor, sparsity: float, whole: str | None = None) -> torch.Tensor:

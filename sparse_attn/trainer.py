@@ -47,8 +47,11 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self):
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs is {self.epochs} and batch_size {self.batch_size}; expected at least 1 each")
+        counts = (self.epochs, self.batch_size)
+        if not all(isinstance(count, int) and count >= 1 for count in counts):
+            raise ValueError(
+                f"epochs is {self.epochs} and batch_size {self.batch_size}; expected whole numbers, at least 1 each"
+            )
         if not self.learning_rate > 0 or not 0 <= self.warmup_share <= 1:
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and warmup_share {self.warmup_share}; expected a rate above "
@@ -139,11 +142,14 @@ def train(
     Raises:
         ModuleNotFoundError: accelerate is not installed.
         TypeError: weights of a dtype other than float32.
+        ValueError: all weights are frozen.
     """
     require_accelerate()
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if dtypes:
         raise TypeError(f"the model has weights of {sorted(map(str, dtypes))}; train in float32: model.float()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("all weights of the model are frozen; expected some to train: model.requires_grad_(True)")
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory(prefix="sparse_attn-") as folder:
         arguments = TrainingArguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -60,10 +61,16 @@ def finetune_question_answering(
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
         ValueError: no windows, or a number that is out of range.
-        TypeError: weights of a dtype other than float32.
+        TypeError: weights of a dtype other than float32, other windows, or a model without answers.
     """
     if not windows:
         raise ValueError("no windows to train on; expected at least one, from make_windows")
+    if not isinstance(windows[0], Window):
+        raise TypeError(
+            f"windows holds {type(windows[0]).__name__}, expected Window: from make_windows(questions, ...)"
+        )
+    if "start_positions" not in inspect.signature(model.forward).parameters:
+        raise TypeError(f"the model is a {type(model).__name__}, expected one for question answering")
     schedule = Schedule(
         epochs, learning_rate, batch_size, head_learning_rate, warmup_share, weight_decay, dropout, seed
     )

@@ -28,6 +28,9 @@ def check_call(
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is {type(tensor).__name__}, expected a tensor")
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if packed:
         if query.ndim != 3 or key.shape != query.shape or value.shape != query.shape:
@@ -35,10 +38,12 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
     elif query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         raise ValueError(
             f"{shapes}: expected query [batch, heads, query_len, head_dim] and key, value "
-            "[batch, heads, key_len, head_dim]"
+            "[batch, heads, key_len, head_dim], or all three [tokens, heads, head_dim] with cu_seqlens"
         )
     elif query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
         raise ValueError(f"{shapes}: batch, heads and head_dim must agree")
+    if query.shape[-1] == 0:
+        raise ValueError(f"{shapes}: head_dim is 0, expected at least 1")
     if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         raise ValueError(
             f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; expected one dtype of float16, bfloat16, "
@@ -66,7 +71,8 @@ def _check_layout(query: Tensor, key: Tensor, layout: SparseLayout, packed: bool
     heads = query.shape[1]
     if heads != layout.heads:
         raise ValueError(
-            f"the query has {heads} heads, the mask's layer {layout.heads}; masks are per head of one model"
+            f"the query {tuple(query.shape)} has {heads} heads, the mask's layer {layout.heads}; masks are per head of "
+            f"one model. Expected {'[tokens, heads, head_dim]' if packed else '[batch, heads, query_len, head_dim]'}"
         )
     if layout.device != query.device:
         raise ValueError(
@@ -91,8 +97,8 @@ def longest_sequence(cu_seqlens: Tensor, tokens: int) -> int:
     lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
     if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
         raise ValueError(
-            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}, expected cumulative lengths from 0 to the {tokens} "
-            "tokens of the query, never falling"
+            f"cu_seqlens is {bounds[0]} to {bounds[-1]}, its shortest sequence has {min(lengths, default=0)} tokens; "
+            f"expected cumulative lengths from 0 to the {tokens} tokens of the query, never falling"
         )
     return max(lengths, default=0)
 

@@ -306,6 +306,8 @@ def test_bad_arguments_are_named():
     refused("3 heads, the mask's layer 2", *random_inputs((2, 3, 10, 16), torch.float32, "cpu"))
     refused("expected a SparseLayout", layout=torch.ones(2, 2))
     refused("expected one dtype", query, key.half(), value)
+    refused("key is ndarray, expected a tensor", query, key.numpy(), value)
+    refused("head_dim is 0", *(t[..., :0] for t in (query, key, value)))
     refused(r"int64", *(t.long() for t in (query, key, value)))
     refused("batch, heads and head_dim must agree", query, key[:1], value[:1])
     refused("expected query \\[batch", query[0], key[0], value[0])

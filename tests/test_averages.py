@@ -65,6 +65,10 @@ def test_bad_values_and_shapes_are_named():
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.safetensors: no such file"):
         AttentionAverages.load(tmp_path / "nothing.safetensors")
+    with pytest.raises(IsADirectoryError, match="a folder; expected a sparse_attn attention averages file"):
+        AttentionAverages.load(tmp_path)
+    with pytest.raises(IsADirectoryError, match="a folder; expected the name of a file"):
+        some_averages().save(tmp_path)
     averages, path = some_averages(), tmp_path / "a.safetensors"
     averages.save(path)
     whole = path.read_bytes()
@@ -125,7 +129,7 @@ def test_bad_patterns_are_named(tmp_path):
     with pytest.raises(ValueError, match="fits no published pattern"):
         load_published_averages(path)
     np.save(path, np.array([{"a": 1}]), allow_pickle=True)
-    with pytest.raises(ValueError, match="without pickled objects"):
+    with pytest.raises(ValueError, match="not a readable .npy array"):
         load_published_averages(path)
     path.write_bytes(b"\x93NUMPY\x01\x00")
     with pytest.raises(ValueError, match="p.npy: not a readable"):

@@ -189,6 +189,10 @@ def test_inputs_of_other_types_are_refused(inputs, message):
 
 def test_models_that_do_not_fit_together_are_refused():
     teacher = teacher_of()
+    with pytest.raises(ValueError, match="the teacher is patched and the student is not"):
+        distil(teacher_of(), patch_bert(teacher_of(), GlobalMask.random(2, 2, 64, sparsity=0.5)), sequences(4))
+    with pytest.raises(ValueError, match=r"are frozen; .*requires_grad_\(True\)"):
+        distil(teacher_of().requires_grad_(False), teacher, sequences(4), progress=False)
     with pytest.raises(ValueError, match="one object"):
         distil(teacher, teacher, sequences(4))
     with pytest.raises(ValueError, match="3 layers of size 64, the teacher 2 of size 64"):

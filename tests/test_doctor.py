@@ -10,7 +10,7 @@ from sparse_attn.kernels.configuration import TuningTable
 
 
 def report(capsys) -> str:
-    doctor.main()
+    doctor.main([])
     return capsys.readouterr().out
 
 

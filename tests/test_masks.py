@@ -146,6 +146,16 @@ def test_tiles_rank_by_their_mean():
     assert mask.keep[0, 0, :16, 5].all() and int(mask.keep.sum()) == 16
 
 
+@pytest.mark.parametrize(("longest", "warned"), [(6, True), (7, False), (12, False)])
+def test_averages_of_short_sequences_are_warned_about(longest, warned, recwarn):
+    counts = torch.zeros(12, 12, dtype=torch.int64)
+    counts[:longest, :longest] = 1
+    GlobalMask.from_averages(AttentionAverages(torch.rand(1, 1, 12, 12) * counts, counts), 0.5)
+    messages = [str(one.message) for one in recwarn]
+    assert len(messages) == warned
+    assert not warned or "for 12 positions, but the longest sequence had 6" in messages[0]
+
+
 def test_unseen_positions_are_pruned_but_for_the_diagonal():
     counts = torch.ones(6, 6)
     counts[4:] = counts[:, 4:] = 0
@@ -184,10 +194,20 @@ def test_bad_arguments_are_named():
         GlobalMask.from_tensor(torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="returned torch.int64"):
         GlobalMask.from_function(lambda layer, head, query, key: query - key, 1, 1, 4)
+    with pytest.raises(ValueError, match=r"returned shape \(3, 3\), which does not broadcast to \(4, 4\)"):
+        GlobalMask.from_function(lambda *_: torch.ones(3, 3, dtype=torch.bool), 1, 1, 4)
+    with pytest.raises(ValueError, match="returned NoneType"):
+        GlobalMask.from_function(lambda *_: None, 1, 1, 4)
+    with pytest.raises(ValueError, match="layers is 5, but the mask has shape"):
+        GlobalMask.from_tensor(torch.ones(2, 1, 4, 4, dtype=torch.bool), layers=5)
     with pytest.raises(ValueError, match="cannot be combined"):
         GlobalMask.random(1, 1, 4, sparsity=0.5) & GlobalMask.random(1, 1, 5, sparsity=0.5)
     with pytest.raises(ValueError, match="layer is 1; the mask has layers 0 to 0"):
         GlobalMask.random(1, 1, 4, sparsity=0.5).layout(1)
+    with pytest.raises(TypeError, match="layer is 0.0, expected the index"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5).layout(0.0)
+    with pytest.raises(ValueError, match="device is 'gpu', which this torch has not"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5).layout(0, "gpu")
 
 
 def test_random_masks():

@@ -75,6 +75,11 @@ def test_bits_outside_the_range(bits, error):
         log_table(bits)
 
 
+def test_integers_are_not_rounded():
+    with pytest.raises(TypeError, match=r"probabilities are torch.int64"):
+        quantize(torch.ones(3, dtype=torch.int64), 3)
+
+
 def test_bad_tables():
     with pytest.raises(ValueError, match="threshold is 1.5"):
         log_table(3, threshold=1.5)

@@ -92,6 +92,7 @@ def test_batches_hold_similar_lengths_in_a_new_order_each_pass():
     [
         ({"windows": []}, "no windows"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"epochs": 1.5}, "epochs is 1.5 .* whole numbers"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ],
@@ -100,6 +101,13 @@ def test_what_cannot_be_trained_is_refused(changes, message):
     arguments = {"windows": marked_windows(4), "pad_token_id": 0, "progress": False, **changes}
     with pytest.raises(ValueError, match=message):
         finetune_question_answering(tiny_model(), **arguments)
+
+
+def test_other_windows_and_models_are_refused():
+    with pytest.raises(TypeError, match="windows holds str, expected Window"):
+        finetune_question_answering(tiny_model(), "questions.json", 0)
+    with pytest.raises(TypeError, match="a BertModel, expected one for question answering"):
+        finetune_question_answering(tiny_model().bert, marked_windows(4), 0)
 
 
 def test_low_precision_weights_are_refused():

@@ -205,5 +205,5 @@ def _bits(text: str) -> int | None:
     if text == "none":
         return None
     if text not in tuple("12345678"):
-        raise argparse.ArgumentTypeError(f"{text!r} is outside 1 to 8; expected a width in bits, or none")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, or outside 1 to 8; expected bits, or none")
     return int(text)

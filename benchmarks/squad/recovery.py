@@ -50,7 +50,9 @@ def read_recovery(
     if options.seeds > 1 and kind == "none" and head_windows is None:
         raise ValueError(f"--seeds {options.seeds}: nothing is trained here; add --finetune or --recover distil")
     if options.recover_text is not None and kind != "distil":
-        raise ValueError(f"--recover-text is for --recover distil; this run has --recover {kind}")
+        raise ValueError(
+            f"--recover-text is for --recover distil; this run has --recover {kind}: add it, or --finetune"
+        )
     if kind == "retrain" and head_windows is None:
         raise ValueError("--recover retrain needs questions with answers to train on; add --finetune")
     if kind != "distil":

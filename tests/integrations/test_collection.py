@@ -252,6 +252,7 @@ def test_bad_input_is_named(model):
     [
         (padded_inputs(), "batches is one dict, .*pass .batch."),
         (torch.ones(2, 3), "batches is Tensor, expected an iterable"),
+        (None, "batches is NoneType, expected an iterable"),
         ([(torch.ones(2, 3),)], "a batch is tuple, expected the model's arguments by name"),
         ([{"input_ids": [[1, 2]]}], "input_ids is list, expected a tensor"),
     ],

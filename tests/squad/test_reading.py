@@ -178,7 +178,7 @@ def test_a_version_2_file_with_answers_only_is_read(tmp_path):
 def test_files_that_are_no_json_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.json: no such file"):
         read_squad(tmp_path / "absent.json")
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(IsADirectoryError, match="a folder; expected a SQuAD"):
         read_squad(tmp_path)
     path = tmp_path / "cut.json"
     path.write_text(json.dumps(CONTENT)[:-20])
