@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Callable
@@ -172,16 +173,17 @@ class GlobalMask:
         for layer in range(layers):
             for head in range(heads):
                 kept = function(layer, head, query, key)
-                if not isinstance(kept, bool | torch.Tensor) or torch.as_tensor(kept).dtype != torch.bool:
-                    found = kept.dtype if isinstance(kept, torch.Tensor) else type(kept).__name__
-                    raise ValueError(f"the mask function returned {found}, expected torch.bool (true = kept)")
                 try:
-                    keep[layer, head] = torch.as_tensor(kept, device="cpu")
-                except RuntimeError as error:
+                    kept = torch.as_tensor(kept, device="cpu")
+                    shaped = kept.expand(query_len, key_len)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    found = tuple(kept.shape) if isinstance(kept, torch.Tensor) else type(kept).__name__
                     raise ValueError(
-                        f"the mask function returned shape {tuple(kept.shape)}, which does not broadcast to "
-                        f"{(query_len, key_len)}"
+                        f"the mask function returned {found}, expected what broadcasts to {(query_len, key_len)}"
                     ) from error
+                if kept.dtype != torch.bool:
+                    raise ValueError(f"the mask function returned {kept.dtype}, expected torch.bool (true = kept)")
+                keep[layer, head] = shaped
         return cls(keep)
 
     @property
@@ -274,8 +276,10 @@ class GlobalMask:
         return self._layouts[layer, device]
 
     def _checked(self, layer: int) -> int:
-        if not isinstance(layer, int):
-            raise TypeError(f"layer is {layer!r}, expected the index of a layer, from 0")
+        try:
+            layer = operator.index(layer)
+        except TypeError:
+            raise TypeError(f"layer is {layer!r}, expected the index of a layer, from 0") from None
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer is {layer}; the mask has layers 0 to {self.layers - 1}")
         return layer

@@ -194,7 +194,7 @@ def test_bad_arguments_are_named():
         GlobalMask.from_tensor(torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="returned torch.int64"):
         GlobalMask.from_function(lambda layer, head, query, key: query - key, 1, 1, 4)
-    with pytest.raises(ValueError, match=r"returned shape \(3, 3\), which does not broadcast to \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"returned \(3, 3\), expected what broadcasts to \(4, 4\)"):
         GlobalMask.from_function(lambda *_: torch.ones(3, 3, dtype=torch.bool), 1, 1, 4)
     with pytest.raises(ValueError, match="returned NoneType"):
         GlobalMask.from_function(lambda *_: None, 1, 1, 4)

@@ -31,10 +31,11 @@ def moved_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device)
 
 def expect_several(batches: Iterable[Mapping[str, Tensor]]) -> None:
     """Raises TypeError for one batch in the place of many, and for what is no iterable."""
-    if not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches is {type(batches).__name__}, expected an iterable of batches, each such as {_EXAMPLE}"
-        )
+    try:
+        iter(batches)
+    except TypeError:
+        what = f"batches is {type(batches).__name__}, expected an iterable of batches"
+        raise TypeError(f"{what}, each such as {_EXAMPLE}") from None
     if isinstance(batches, Mapping):
         raise TypeError(f"batches is one {type(batches).__name__}, expected an iterable of such: pass [batch]")
     if isinstance(batches, Tensor):
