@@ -73,6 +73,8 @@ def sparse_attention(
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit; each named with what was expected.
         RuntimeError: the named backend cannot compute this; its reasons are listed.
+        NotImplementedError: forward-mode gradients; gradients of second order, but with the reference backend.
+            `attention_probabilities` has both.
     """
     call = _checked_call(
         query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, cu_seqlens, max_length,

@@ -93,7 +93,9 @@ torch.library.define(
 
 def run(call: AttentionCall, backend: str, training: bool) -> tuple[Tensor, Tensor]:
     """Runs the operator: output in the shape and dtype of the query, lse float32. `training`: whether gradients are
-    wanted."""
+    wanted. Raises NotImplementedError for forward-mode gradients."""
+    if forward_ad._current_level >= 0:
+        _expect_no_tangents(call)
     if not (training or _is_watched(call.query)):
         return _FORWARD[backend](call)
     table = call.table
@@ -106,15 +108,22 @@ def run(call: AttentionCall, backend: str, training: bool) -> tuple[Tensor, Tens
 
 
 def _is_watched(query: Tensor) -> bool:
-    """Whether anybody wants to see the operator itself: a compiler, a tracer, a mode, forward-mode gradients, a
-    subclass of tensors. Otherwise a call does without torch's dispatcher, which takes as long as a short input."""
+    """Whether anybody wants to see the operator itself: a compiler, a tracer, a mode, a subclass of tensors. Otherwise
+    a call does without torch's dispatcher, which takes as long as a short input."""
     return (
         torch.compiler.is_compiling()
         or type(query) is not Tensor
         or torch.jit.is_tracing()
         or is_in_torch_dispatch_mode()
-        or forward_ad._current_level >= 0
     )
+
+
+def _expect_no_tangents(call: AttentionCall) -> None:
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (call.query, call.key, call.value)):
+        raise NotImplementedError(
+            "sparse_attention has no forward-mode gradients, and query, key or value has a tangent; use backward "
+            "gradients, or sparse_attn.attention.attention_probabilities, which has both"
+        )
 
 
 def empty_output(query: Tensor, packed: bool) -> Tensor:
@@ -173,6 +182,7 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 
 _LAYOUT = 3  # places of tensors among the operator's arguments; the layout is a list of them
 _TENSORS = (0, 1, 2, _LAYOUT, 5, 6, 7, 8, 10)
+_BACKEND = 18  # place of its name, the last of the arguments that both operators have
 
 
 def _setup_context(ctx, inputs, output):
@@ -189,7 +199,10 @@ def _autograd_backward(ctx, grad_output, _grad_lse):
     for at, tensor in zip(plain, tensors, strict=False):
         arguments[at] = tensor
     arguments[_LAYOUT] = tensors[len(plain) :]
-    gradients = torch.ops.sparse_attn.attention_backward(*arguments, out, lse, grad_output)
+    if torch.is_grad_enabled() and arguments[_BACKEND] == "reference":  # plain PyTorch, to be differentiated again
+        gradients = _BACKWARD["reference"](_call(*arguments[:_BACKEND]), out, lse, grad_output)
+    else:
+        gradients = torch.ops.sparse_attn.attention_backward(*arguments, out, lse, grad_output)
     return *gradients, *(_no_gradient(argument) for argument in arguments[3:])
 
 
@@ -200,3 +213,19 @@ def _no_gradient(argument) -> list[None] | None:
 
 
 torch.library.register_autograd("sparse_attn::attention", _autograd_backward, setup_context=_setup_context)
+
+
+def _remember_backend(ctx, inputs, output):
+    ctx.backend = inputs[_BACKEND]
+
+
+def _no_second_gradient(ctx, *_):
+    raise NotImplementedError(
+        f"sparse_attention with the backend {ctx.backend!r} has no gradients of second order; backend='reference' and "
+        "sparse_attn.attention.attention_probabilities have them"
+    )
+
+
+torch.library.register_autograd(
+    "sparse_attn::attention_backward", _no_second_gradient, setup_context=_remember_backend
+)

@@ -67,8 +67,6 @@ def test_who_wants_to_see_the_operator_does(monkeypatch):
     assert "sparse_attn.attention.default" in seen.names
     monkeypatch.setattr(ops, "_table", None)  # what the operator's levels become a table with
     assert torch.equal(sparse_attention(*tensors, layout, bits=3), watched)
-    with pytest.raises(TypeError), forward_ad.dual_level():
-        sparse_attention(*tensors, layout, bits=3)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"key_lengths": torch.tensor([7, 3])}])
@@ -87,6 +85,41 @@ def test_gradcheck_packed():
     torch.autograd.gradcheck(
         lambda *t: sparse_attention(*t, layout, cu_seqlens=cu_seqlens, backend="reference"), tensors
     )
+
+
+def test_gradgradcheck_of_the_reference():
+    layout = random_layout(2, 7, 0.5, "cpu")
+    tensors = [t.requires_grad_() for t in random_inputs((1, 2, 7, 3), torch.float64, "cpu")]
+    torch.autograd.gradgradcheck(lambda *t: sparse_attention(*t, layout, backend="reference"), tensors)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_gradients_of_second_order_are_refused(backend, device, wanted):
+    """Never taken for zero; gradients of first order come as ever, also where they are kept to be differentiated."""
+    layout = random_layout(2, 12, 0.4, device)
+    tensors = random_inputs((2, 2, 12, 16), torch.float32, device)
+    wanted = tensors[wanted].requires_grad_()
+    loss = sparse_attention(*tensors, layout, backend=backend).square().sum()
+    (first,) = torch.autograd.grad(loss, wanted, create_graph=True)
+    (again,) = torch.autograd.grad(sparse_attention(*tensors, layout, backend=backend).square().sum(), wanted)
+    assert torch.equal(first, again)
+    with pytest.raises(NotImplementedError, match=f"{backend}.*second order"):
+        torch.autograd.grad(first.square().sum(), wanted)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch", "reference"))
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_forward_mode_gradients_are_refused(backend, device, which):
+    layout = random_layout(2, 12, 0.4, device)
+    tensors = random_inputs((2, 2, 12, 16), torch.float32, device)
+    with forward_ad.dual_level():
+        sparse_attention(*tensors, layout, backend=backend)  # nobody asks for one
+        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            sparse_attention(*tensors, layout, backend=backend)
+        output, _ = attention_probabilities(*tensors, layout)
+        assert forward_ad.unpack_dual(output).tangent is not None
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
