@@ -13,7 +13,7 @@ from ..distributed import agree, rank_and_world, share_of
 from ..progress import progress as show_progress
 from .accumulation import AttentionSums
 from .batches import expect_several, moved_batches
-from .models import Encoder, attention_implementation, encoder_of, evaluating, own_config
+from .models import Encoder, attention_implementation, encoder_of, evaluating, own_configs
 from .packing import Packing
 from .routing import checked_padding, padding_mask, sparse_attention_forward
 from .transformers import is_patched
@@ -84,8 +84,7 @@ def collect_averages(
 def _collect(encoder: Encoder, batches: Iterable[Mapping[str, Tensor]], sums: AttentionSums) -> None:
     model = encoder.model
     device = next(model.parameters()).device
-    shared_config = model.config
-    own_config(model)
+    configs = own_configs(model)
     try:
         for module in encoder.attention:
             object.__setattr__(module, _COLLECTOR, sums)
@@ -101,7 +100,8 @@ def _collect(encoder: Encoder, batches: Iterable[Mapping[str, Tensor]], sums: At
         remove_unpadding(encoder)
         for module in encoder.attention:
             module.__dict__.pop(_COLLECTOR, None)
-        own_config(model, shared_config)
+        for module, config in configs:
+            module.config = config
 
 
 def _collecting_attention(

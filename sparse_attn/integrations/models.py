@@ -135,6 +135,11 @@ def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
             yield from _outermost(child)
 
 
+def transformers_models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model and those in it, each before those in itself."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
 def _one_a_layer(model: PreTrainedModel, family: Family, modules: list[nn.Module]) -> list[nn.Module]:
     if family.shared is None:
         return modules
@@ -152,16 +157,22 @@ def self_attention_modules(model: nn.Module) -> list[nn.Module]:
     return encoder_of(model).attention
 
 
-def own_config(model: PreTrainedModel, config: PretrainedConfig | None = None) -> None:
-    """Gives `model` a config of its own, so that another model built from the same one is not changed with it.
+def own_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
+    """Gives `model` configs of its own, so that other models built from the same ones are not changed with it.
 
-    Every module that refers to the model's config gets `config`, by default a copy of it.
+    Returns:
+        Every module that refers to a config, and the one that it had. Those that were one object, or part of another
+        one, are so again.
     """
-    shared = model.config
-    private = copy.deepcopy(shared) if config is None else config
-    for module in model.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = private
+    before = [
+        (module, module.config)
+        for module in model.modules()
+        if isinstance(getattr(module, "config", None), PretrainedConfig)
+    ]
+    copies: dict = {}
+    for module, config in before:
+        module.config = copy.deepcopy(config, copies)
+    return before
 
 
 @contextmanager

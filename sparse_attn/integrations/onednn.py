@@ -9,11 +9,13 @@ that size come from the system page by page, every time, so that part is compute
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as every_module
 
 from .models import Encoder, is_a
 from .packing import recurring_rows
@@ -41,12 +43,16 @@ def onednn_dtypes() -> list[torch.dtype]:
     return [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
 
 
-def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
-    """Makes an encoder's layers use oneDNN where they can: yes, no, or (None) if it lies on a CPU that torch's build
-    of oneDNN has kernels for. Raises ValueError for yes where torch has no oneDNN."""
-    remove_onednn(encoder)
+def expect_onednn(onednn: bool | None) -> None:
+    """Raises ValueError where oneDNN must be used and torch has none."""
     if onednn and not onednn_dtypes():
         raise ValueError("onednn is True, but this build of torch has no oneDNN; pass None or False")
+
+
+def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
+    """Makes an encoder's layers use oneDNN where they can: yes, no, or (None) if it lies on a CPU that torch's build
+    of oneDNN has kernels for."""
+    remove_onednn(encoder)
     for stack in encoder.stacks:
         setattr(stack, _MODE, onednn)
         if onednn if onednn is not None else _recommended(stack):
@@ -61,6 +67,8 @@ def remove_onednn(encoder: Encoder) -> None:
             module.__dict__.pop(_WIDTH, None)
             if type(module) is OneDNNLinear:
                 module.__class__ = nn.Linear
+            elif isinstance(module, OneDNNLinear):  # parametrised since, by a class of its own
+                type(module).__bases__ = (nn.Linear,)
             elif isinstance(module, _Changed):
                 module.__class__ = module.original
 
@@ -135,12 +143,27 @@ def _in_pieces(block: nn.Module, feed_forward: Callable[[Tensor], Tensor], input
         or torch.jit.is_tracing()
         or block.training
         or input.device.type != "cpu"
-        or any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+        or _watched(_feed_forward_modules(block))
     ):
         return feed_forward(input)
     most = 1 << max(1, _PIECE_BYTES // row_bytes).bit_length() - 1
     pieces = input.reshape(1, rows, -1).split(most, dim=1)
     return torch.cat([feed_forward(piece) for piece in pieces], dim=1).view(input.shape)
+
+
+def _feed_forward_modules(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a block's feed-forward part, or some more: all but the block itself and its attention, where
+    transformers leaves hooks once hidden states or attentions were asked for."""
+    for name, child in block.named_children():
+        if name not in ("attention", "crossattention"):
+            yield from child.modules()
+
+
+def _watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether a hook sees what goes into one of these modules or comes out."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class _FusingBlock(_InPieces):
@@ -158,8 +181,7 @@ class _FusingBlock(_InPieces):
         alone = type(linear) is OneDNNLinear and isinstance(activation, _FusedActivation) and algorithm is not None
         if (
             not alone
-            or linear._forward_hooks
-            or activation._forward_pre_hooks
+            or _watched((linear, activation))
             or "forward" in linear.__dict__
             or "forward" in activation.__dict__
         ):
@@ -216,6 +238,7 @@ def _usable(module: nn.Linear, input: Tensor) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
         or type(input) is not Tensor
         or type(weight) is not nn.Parameter
     ):

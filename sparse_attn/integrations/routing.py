@@ -15,7 +15,7 @@ from ..attention import attention_probabilities, prepare, sparse_attention
 from ..layout import SparseLayout
 from ..masks import GlobalMask
 from ..quantization import QuantizationTable
-from .models import FAMILIES, Encoder, is_a
+from .models import FAMILIES, Encoder, is_a, transformers_models
 from .packing import Packing
 
 ATTENTION_NAME = "sparse_attn"
@@ -35,7 +35,6 @@ class SparseAttentionState(nn.Module):
         layouts: of these layers, on the device of the weights.
         first: the first of them.
         gradients: whether lists for the backward pass are compiled ahead of the first call.
-        previous_implementation: of the model's attention, before it was patched.
         handles: hooks that belong to the patch.
     """
 
@@ -53,7 +52,6 @@ class SparseAttentionState(nn.Module):
         self.gradients = gradients
         self.mask, self.layers = mask, layers
         self.table, self.backend, self.head_dim = table, backend, head_dim
-        self.previous_implementation = ""
         self.handles: list[Any] = []
         self.follow(weight)
 
@@ -96,7 +94,7 @@ class SparseAttentionState(nn.Module):
 
 def watch_implementation(encoder: Encoder) -> list[Any]:
     """Makes a pass raise where another attention was set for a patched model. Returns the hooks' handles."""
-    models = [module for module in encoder.model.modules() if isinstance(module, PreTrainedModel)]
+    models = transformers_models(encoder.model)
     return [model.register_forward_pre_hook(_expect_sparse_attention) for model in models]
 
 

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 from ..masks import GlobalMask
 from ..quantization import QuantizationTable, as_table
-from .models import BERT, Encoder, encoder_of, own_config, set_attention_implementation
-from .onednn import onednn_mode, remove_onednn, set_onednn
+from .models import BERT, Encoder, encoder_of, own_configs, set_attention_implementation, transformers_models
+from .onednn import expect_onednn, onednn_mode, remove_onednn, set_onednn
 from .routing import ATTENTION_NAME, STATE, SparseAttentionState, number_shared_layers, watch_implementation
 from .unpadding import remove_unpadding, set_unpadding, unpadding_mode
 
 Model = TypeVar("Model", bound=nn.Module)
+_PREVIOUS = "sparse_attention_previous"  # of a transformers model: its attention implementation before it was patched
 
 
 def patch_bert(
@@ -90,6 +91,7 @@ def patch_model(
     for name, value in (("unpad", unpad), ("onednn", onednn)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, expected True, False or None")
+    expect_onednn(onednn)
     layers: dict[nn.Module, list[int]] = {}
     for layer, module in enumerate(encoder.attention):
         layers.setdefault(module, []).append(layer)
@@ -101,16 +103,11 @@ def patch_model(
         )
         for module, own in layers.items()
     }
-    previous = encoder.model.config._attn_implementation
     if is_patched(model):
-        previous = _state(encoder).previous_implementation
         _remove_routes(encoder)
-    else:
-        own_config(encoder.model)
     for module, state in states.items():
-        state.previous_implementation = previous
         setattr(module, STATE, state)
-    set_attention_implementation(encoder.model, ATTENTION_NAME)
+    _set_sparse_attention(encoder.model)
     # In this order: layers are numbered in what has no padding.
     set_unpadding(encoder, unpad)
     set_onednn(encoder, onednn)
@@ -123,11 +120,10 @@ def unpatch(model: Model) -> Model:
     if not is_patched(model):
         raise ValueError(f"{type(model).__name__} is not patched; patch_bert(model, mask) patches it")
     encoder = encoder_of(model)
-    previous = _state(encoder).previous_implementation
     _remove_routes(encoder)
     for module in dict.fromkeys(encoder.attention):
         delattr(module, STATE)
-    set_attention_implementation(encoder.model, previous)
+    _set_previous_attention(encoder.model)
     return model
 
 
@@ -172,6 +168,28 @@ def _remove_routes(encoder: Encoder) -> None:
     remove_onednn(encoder)
     for handle in _state(encoder).handles:
         handle.remove()
+
+
+def _set_sparse_attention(model: PreTrainedModel) -> None:
+    """Sets the implementation of a model and of those in it, such as the one below a head, which may have been patched
+    without it before; each remembers its own."""
+    inner = transformers_models(model)
+    if not all(hasattr(each, _PREVIOUS) for each in inner):
+        own_configs(model)
+    for each in inner:
+        found = each.config._attn_implementation
+        if found != ATTENTION_NAME:
+            setattr(each, _PREVIOUS, found)
+        elif not hasattr(each, _PREVIOUS):  # was loaded with this name
+            setattr(each, _PREVIOUS, each.get_correct_attn_implementation(None))
+    set_attention_implementation(model, ATTENTION_NAME)
+
+
+def _set_previous_attention(model: PreTrainedModel) -> None:
+    for each in transformers_models(model):  # a model comes before those in it, which it sets with itself
+        if hasattr(each, _PREVIOUS):
+            set_attention_implementation(each, getattr(each, _PREVIOUS))
+            delattr(each, _PREVIOUS)
 
 
 def _as_mask(mask: GlobalMask | Tensor | str | os.PathLike) -> GlobalMask:

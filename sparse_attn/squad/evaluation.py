@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attn.distributed import agree, rank_and_world, share_of, sums_over_processes
+from sparse_attn.integrations.models import evaluating
 from sparse_attn.progress import progress as show_progress
 from sparse_attn.squad.windows import Window, collate, length_sorted_batches
 
@@ -56,14 +57,12 @@ def predict(
     logits = torch.zeros(2, sum(lengths))  # start and end; zero where another process fills in
     starts, ends = (rows.split(lengths) for rows in logits)
     shown = show_progress(share_of(batches), "predicting", enabled=progress and rank_and_world()[0] == 0)
-    was_training, failure = model.training, None
-    model.eval()
+    failure = None
     try:
-        _fill(model, windows, shown, pad_token_id, pad_to, input_names, starts, ends)
+        with evaluating(model):
+            _fill(model, windows, shown, pad_token_id, pad_to, input_names, starts, ends)
     except Exception as error:
         failure = error
-    finally:
-        model.train(was_training)
     agree(0, failure)
     (logits,) = sums_over_processes([logits])
     return tuple(list(rows.split(lengths)) for rows in logits)

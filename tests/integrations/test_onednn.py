@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
 
-from sparse_attn import GlobalMask, patch_model, patched, unpatch
+from sparse_attn import GlobalMask, is_patched, patch_model, patched, unpatch
 from sparse_attn.integrations import onednn
 from sparse_attn.integrations.models import encoder_of
 from sparse_attn.integrations.onednn import onednn_dtypes, onednn_mode
@@ -144,6 +146,16 @@ def test_feed_forward_parts_that_stay_whole(reason, bert, small_pieces):
     assert len(rows) == MASK.layers and len(seen) == (MASK.layers if reason == "hook" else 0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_feed_forward_parts_in_pieces_after_hidden_states_were_asked_for(name, small_pieces):
+    """transformers leaves hooks on layers and their attention then."""
+    model, inputs = patch_model(make(name).cpu(), MASK, onednn=True), padded_inputs()
+    _, before = rows_of_products(model, inputs)
+    rows_of_products(model, inputs, output_hidden_states=True, output_attentions=True)
+    _, after = rows_of_products(model, inputs)
+    assert len(before) > MASK.layers and after == before
+
+
 def test_passes_with_gradients_have_them(bert):
     inputs = padded_inputs()
     patch_model(bert, MASK, onednn=True)
@@ -183,6 +195,29 @@ def test_hooks_see_what_they_are_put_on(bert):
     _, counts = operators_of(bert, padded_inputs())
     assert counts[GELU] == 1
     torch.testing.assert_close(seen[0][1], torch.nn.functional.linear(seen[0][0], block.dense.weight, block.dense.bias))
+
+
+def test_hooks_of_all_modules_see_them_too(bert, small_pieces):
+    patch_model(bert, MASK, onednn=True)
+    linear, seen = bert.encoder.layer[0].intermediate.dense, []
+
+    def hook(module, args, output):
+        if module is linear:
+            seen.append((args[0], output))
+
+    with register_module_forward_hook(hook):
+        operators_of(bert, padded_inputs())
+    ((input, output),) = seen
+    torch.testing.assert_close(output, torch.nn.functional.linear(input, linear.weight, linear.bias))
+
+
+def test_forward_mode_gradients_go_through_linear_layers(bert):
+    patch_model(bert, MASK, onednn=True)
+    linear = bert.encoder.layer[0].intermediate.dense
+    input, tangent = torch.randn(2, 1, 4, linear.in_features)
+    with torch.no_grad():
+        _, output = torch.func.jvp(linear, (input,), (tangent,))
+    torch.testing.assert_close(output, torch.nn.functional.linear(tangent, linear.weight))
 
 
 class Adapter(torch.nn.Module):
@@ -270,6 +305,16 @@ def test_unpatching_removes_it(bert):
     assert all(torch.equal(value, before[name]) for name, value in bert.state_dict().items())
 
 
+def test_unpatching_removes_it_from_layers_that_were_parametrised_since(bert):
+    patch_model(bert, MASK, onednn=True)
+    linear, other = bert.encoder.layer[0].intermediate.dense, bert.encoder.layer[1].intermediate.dense
+    parametrize.register_parametrization(linear, "weight", torch.nn.Identity())
+    unpatch(bert)
+    assert linear.weight.shape == other.weight.shape and type(other) is torch.nn.Linear
+    parametrize.remove_parametrizations(linear, "weight")
+    assert type(linear) is torch.nn.Linear
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_uses_its_own_weights(bert, copied):
     patch_model(bert, MASK, onednn=True)
@@ -294,6 +339,7 @@ def test_without_onednn(bert, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="onednn is True, but this build of torch has no oneDNN"):
         patch_model(bert, MASK, onednn=True)
+    assert not is_patched(bert)
     assert operators_of(patch_model(bert, MASK), padded_inputs())[1][ONEDNN] == 0
 
 

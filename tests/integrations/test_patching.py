@@ -7,7 +7,15 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2Model,
+)
 from transformers.models.bert import modeling_bert
 
 from sparse_attn import GlobalMask, is_patched, patch_bert, patched, sparse_attention, unpatch
@@ -138,6 +146,49 @@ def test_two_models_from_one_config_are_independent():
     torch.testing.assert_close(run(second, inputs).last_hidden_state, before)
 
 
+def with_head(config):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(config).eval().to(DEVICE)
+
+
+@pytest.mark.parametrize("first_inner", [True, False])
+@pytest.mark.parametrize("then_inner", [True, False])
+@pytest.mark.parametrize("unpatched_inner", [True, False])
+def test_a_model_and_the_one_inside_it(first_inner, then_inner, unpatched_inner):
+    """Either may be patched, again and unpatched; another model built from the same config notices nothing."""
+    config, inputs = small_config(), device_inputs()
+    model, other = with_head(config), with_head(config)
+    dense = run(other, inputs).logits
+
+    def part(inner):
+        return model.bert if inner else model
+
+    for _ in range(2):
+        patch_bert(part(first_inner), MASK)
+        patch_bert(part(then_inner), MASK)
+        assert not torch.allclose(run(model, inputs).logits, dense)
+        assert torch.equal(run(other, inputs).logits, dense)
+        unpatch(part(unpatched_inner))
+        assert not is_patched(model) and model.bert.config._attn_implementation == "sdpa"
+        torch.testing.assert_close(run(model, inputs).logits, dense)
+
+
+def test_an_encoder_and_a_decoder_have_configs_of_their_own():
+    decoder = small_config(is_decoder=True, add_cross_attention=True, decoder_start_token_id=0)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(small_config(), decoder)
+    model, other = (EncoderDecoderModel(config).eval().to(DEVICE) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    inputs = device_inputs()
+    inputs = inputs | {"decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": inputs["attention_mask"]}
+    inputs.pop("token_type_ids", None)
+    dense = run(other, inputs).logits
+    patch_bert(model, GlobalMask.random(4, 2, 32, sparsity=0.7))
+    assert model.config.encoder is model.encoder.config and model.config.decoder is model.decoder.config
+    assert not torch.allclose(run(model, inputs).logits, dense)
+    assert torch.equal(run(other, inputs).logits, dense)
+    torch.testing.assert_close(run(unpatch(model), inputs).logits, dense)
+
+
 def test_output_attentions_are_those_used(model, twin):
     inputs = device_inputs()
     patch_bert(model, MASK)
@@ -186,6 +237,7 @@ def test_the_implementation_without_a_mask_is_named(model, tmp_path):
     with pytest.raises(ValueError, match=r"has no mask: patch_bert\(model, mask\) patches it"):
         run(loaded, device_inputs())
     run(patch_bert(loaded, MASK), device_inputs())
+    run(unpatch(loaded), device_inputs())
 
 
 def test_dropout_applies_in_training_only(model):
