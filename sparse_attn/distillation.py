@@ -17,6 +17,7 @@ from .trainer import GroupedTrainer, Schedule, train
 
 Example = Mapping[str, Sequence[int]]
 _OVER_TOKENS = ("start_logits", "end_logits")  # [batch, length]: a softmax over a sequence's tokens
+_YES_OR_NO = "ElectraForPreTrainingOutput"  # its logits [batch, length] are those of a sigmoid for each token
 
 
 def distil(
@@ -49,7 +50,8 @@ def distil(
 
     over real tokens alone. The first term is that of Hinton et al. ("Distilling the Knowledge in a Neural Network",
     arXiv 1503.02531), summed over all outputs whose names end with "logits" and averaged over what each decides about:
-    sequences, or tokens. A single value (a regression) has its squared error instead. The second one is that of
+    sequences, or tokens. A single value (a regression) has its squared error instead, ELECTRA's discriminator the
+    divergence of its decision for each token. The second one is that of
     TinyBERT (Jiao et al., arXiv 1909.10351) for layers of one size, relative to the teacher's, so that layers and
     models count alike. A model without a head has the second term only.
 
@@ -128,15 +130,18 @@ def logits_loss(student: ModelOutput, teacher: ModelOutput, real: Tensor, temper
         if not name.endswith("logits"):
             continue
         target, found = teacher[name].float(), student[name].float()
+        if type(teacher).__name__ == _YES_OR_NO:
+            target, found = (torch.stack((torch.zeros_like(logits), logits), -1) for logits in (target, found))
+        if target.ndim == 3:
+            target, found = target[real], found[real]
+        if target.shape[-1] == 1 and name not in _OVER_TOKENS:
+            total = total + mse_loss(found, target)
+            continue
+        target, found = target / temperature, found / temperature
         if name in _OVER_TOKENS:
             lowest = torch.finfo(torch.float32).min
             target, found = target.masked_fill(~real, lowest), found.masked_fill(~real, lowest)
-        elif target.ndim == 3:
-            target, found = target[real], found[real]
-        if target.shape[-1] == 1:
-            total = total + mse_loss(found, target)
-            continue
-        target, found = ((logits / temperature).log_softmax(-1) for logits in (target, found))
+        target, found = target.log_softmax(-1), found.log_softmax(-1)
         total = total + temperature**2 * kl_div(found, target, reduction="batchmean", log_target=True)
     return total
 

@@ -139,6 +139,7 @@ class SparseLayout:
         shape = (self.key_len, self.query_len) if transposed else (self.query_len, self.key_len)
         return _compile(self._heads(transposed), shape, rows, split)
 
+    @_for_training_too
     def keep(self) -> torch.Tensor:
         """The mask itself: bool [heads, query_len, key_len], true = kept; made anew at every call."""
         keep = self._source.unpack() if isinstance(self._source, PackedMask) else self._source

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attn import GlobalMask, QuantizationTable, attention, log_table, quantize, sparse_attention
-from sparse_attn.attention import attention_probabilities
+from sparse_attn.attention import attention_probabilities, prepare
 from sparse_attn.backends import triton
 from tests.helpers import CUDA, assert_within_budget, backends, gradients, random_inputs, random_layout
 
@@ -273,6 +273,7 @@ def test_a_layout_first_used_in_inference_mode_serves_training(backend, device):
     with torch.inference_mode():
         layout = random_layout(2, 40, 0.3, device)
         sparse_attention(*inputs, layout, backend=backend)
+        prepare(layout, 32, torch.float32, backend)
     fresh = GlobalMask(layout.keep()[None].cpu().clone()).layout(0, device)
     found, expected = (gradients(inputs, each, torch.ones_like(inputs[0]), backend) for each in (layout, fresh))
     assert all(map(torch.equal, found, expected))

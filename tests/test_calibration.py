@@ -171,6 +171,9 @@ def test_a_calibrated_table_goes_through_the_kernels(model):
 def test_without_a_batch_there_is_nothing_to_collect(model):
     with pytest.raises(ValueError, match="no batch"):
         collect_probabilities(model, [], GlobalMask.random(2, 2, 24, sparsity=0.5), progress=False)
+    with pytest.raises(ValueError, match="no probability in 1 batches.*the mask keeps nothing"):
+        nothing = GlobalMask(torch.zeros(2, 2, 24, 24, dtype=torch.bool))
+        collect_probabilities(model, [padded_inputs()], nothing, progress=False)
     with pytest.raises(ValueError, match="3 layers x 2 heads"):
         collect_probabilities(model, [padded_inputs()], GlobalMask.random(3, 2, 24, sparsity=0.5), progress=False)
 

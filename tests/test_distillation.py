@@ -9,6 +9,7 @@ from transformers import (
     BertModel,
     BertTokenizer,
 )
+from transformers.models.electra.modeling_electra import ElectraForPreTrainingOutput
 from transformers.utils import ModelOutput
 
 from sparse_attn import GlobalMask, distil, is_patched, patch_bert
@@ -85,7 +86,8 @@ def test_the_seed_decides():
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
-def test_padding_has_no_part_in_the_loss():
+@pytest.mark.parametrize("temperature", [0.3, 1.5])
+def test_padding_has_no_part_in_the_loss(temperature):
     """A batch with padding gives the mean over the sequences, or tokens, of each alone."""
     lengths, width = (3, 7), 7
     real = torch.arange(width) < torch.tensor(lengths).view(-1, 1)
@@ -95,14 +97,14 @@ def test_padding_has_no_part_in_the_loss():
     def expected(name, rows) -> torch.Tensor:
         divergences = []
         for student, teacher in rows(found[name], target[name]):
-            p, q = (teacher / 1.5).softmax(-1), (student / 1.5).softmax(-1)
+            p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
             divergences.append((p * (p / q).log()).sum())
-        return 1.5**2 * torch.stack(divergences).mean()
+        return temperature**2 * torch.stack(divergences).mean()
 
     start = expected("start_logits", lambda *both: [[t[row, :n] for t in both] for row, n in enumerate(lengths)])
     tokens = expected("logits", lambda *both: zip(*(t[real] for t in both)))
     pooled = expected("pooled_logits", lambda *both: zip(*both))
-    torch.testing.assert_close(logits_loss(found, target, real, 1.5), start + tokens + pooled)
+    torch.testing.assert_close(logits_loss(found, target, real, temperature), start + tokens + pooled)
 
     layers, targets = [torch.randn(2, width, 8) for _ in range(3)], [torch.randn(2, width, 8) for _ in range(3)]
     relative = [((a[real] - b[real]).norm() / b[real].norm()).square() for a, b in zip(layers, targets, strict=True)]
@@ -114,6 +116,20 @@ def test_padding_has_no_part_in_the_loss():
 def test_a_regression_has_its_squared_error():
     found, target = ModelOutput(logits=torch.tensor([[1.0], [2.0]])), ModelOutput(logits=torch.tensor([[0.0], [5.0]]))
     assert logits_loss(found, target, torch.ones(2, 3, dtype=torch.bool), 2.0).item() == pytest.approx(5.0)
+
+
+def test_one_token_has_one_place_for_an_answer():
+    found, target = ModelOutput(start_logits=torch.ones(2, 1)), ModelOutput(start_logits=torch.zeros(2, 1))
+    assert logits_loss(found, target, torch.ones(2, 1, dtype=torch.bool), 2.0).item() == 0
+
+
+def test_a_decision_for_each_token_has_its_own_divergence():
+    """ELECTRA's discriminator says for each token whether it was replaced."""
+    real = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    found, target = (ElectraForPreTrainingOutput(logits=3 * torch.randn(2, 3)) for _ in range(2))
+    q, p = ((each.logits[real] / 2).sigmoid() for each in (found, target))
+    expected = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    torch.testing.assert_close(logits_loss(found, target, real, 2.0), expected)
 
 
 @pytest.mark.parametrize("term", ["logits_weight", "hidden_weight"])

@@ -94,6 +94,8 @@ def test_one_process_is_the_plain_case():
 
 def test_logits_follow_the_windows_whatever_the_batches():
     windows, model, pad = work.windows(), work.model().train(), work.TOKENIZER.pad_token_id
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
     expected = predict(model, windows, pad, progress=False)
     order = list(range(len(windows)))[::-1]
     batches = [order[first : first + 5] for first in range(0, len(order), 5)]
@@ -101,7 +103,7 @@ def test_logits_follow_the_windows_whatever_the_batches():
     for rows, expected_rows in zip(found, expected, strict=True):
         for row, expected_row in zip(rows, expected_rows, strict=True):
             torch.testing.assert_close(row, expected_row, atol=1e-5, rtol=0)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     with pytest.raises(ValueError, match=f"each of the {len(windows)} windows once"):
         predict(model, windows, pad, batches=batches[1:], progress=False)
     with pytest.raises(ValueError, match="no windows to predict"):

@@ -37,12 +37,13 @@ def collect_probabilities(
 
     Raises:
         TypeError: the model is of no supported family; batches that are no mappings of tensors.
-        ValueError: no batch, an attention_mask that is not [batch, length], or a mask that does not fit the model.
+        ValueError: no batch, or none with a kept position; an attention_mask that is not [batch, length]; a mask that
+            does not fit the model.
     """
     histogram = ProbabilityHistogram()
     expect_several(batches)
     encoder = encoder_of(model)
-    device = next(model.parameters()).device
+    device, passes = next(model.parameters()).device, 0
     try:
         with (
             patched(model, mask, unpad=False),
@@ -55,11 +56,17 @@ def collect_probabilities(
             shown = show_progress(batches, "counting probabilities", enabled=progress)
             for batch in moved_batches(shown, device):
                 model(**batch)
+                passes += 1
     finally:
         for module in encoder.attention:
             module.__dict__.pop(_HISTOGRAM, None)
-    if histogram.rows == 0:
+    if passes == 0:
         raise ValueError("there was no batch to collect probabilities from; pass at least one")
+    if histogram.rows == 0:
+        raise ValueError(
+            f"there was no probability in {passes} batches: all tokens are padding, or the mask keeps nothing where "
+            "there are tokens; pass other batches or another mask"
+        )
     return histogram
 
 
