@@ -226,6 +226,4 @@ def _no_second_gradient(ctx, *_):
     )
 
 
-torch.library.register_autograd(
-    "sparse_attn::attention_backward", _no_second_gradient, setup_context=_remember_backend
-)
+torch.library.register_autograd("sparse_attn::attention_backward", _no_second_gradient, setup_context=_remember_backend)
