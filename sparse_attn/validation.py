@@ -31,19 +31,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is {type(tensor).__name__}, expected a tensor")
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if packed:
         if query.ndim != 3 or key.shape != query.shape or value.shape != query.shape:
-            raise ValueError(f"{shapes}: with cu_seqlens all three must be [tokens, heads, head_dim]")
+            raise ValueError(f"{_shapes(query, key, value)}: with cu_seqlens all three must be [tokens, heads, head_dim]")
     elif query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         raise ValueError(
-            f"{shapes}: expected query [batch, heads, query_len, head_dim] and key, value "
+            f"{_shapes(query, key, value)}: expected query [batch, heads, query_len, head_dim] and key, value "
             "[batch, heads, key_len, head_dim], or all three [tokens, heads, head_dim] with cu_seqlens"
         )
     elif query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"{shapes}: batch, heads and head_dim must agree")
+        raise ValueError(f"{_shapes(query, key, value)}: batch, heads and head_dim must agree")
     if query.shape[-1] == 0:
-        raise ValueError(f"{shapes}: head_dim is 0, expected at least 1")
+        raise ValueError(f"{_shapes(query, key, value)}: head_dim is 0, expected at least 1")
     if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
         raise ValueError(
             f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; expected one dtype of float16, bfloat16, "
@@ -53,6 +52,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
         raise ValueError(
             f"query is on {query.device}, key on {key.device}, value on {value.device}; expected one device"
         )
+
+
+def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, query: Tensor) -> None:
