@@ -206,7 +206,7 @@ def memory_of(name: str, kind: str, way: str, options: Namespace, device: torch.
 
 def table(results: dict[str, Any]) -> Table:
     """The rows as they are shown."""
-    rows = results["rows"]
+    rows, arguments = results["rows"], results["arguments"]
     plain = {(row["model"], row["batches"]): row["median_s"] for row in rows if row["way"] == "output_attentions"}
     cells = [
         [
@@ -222,7 +222,11 @@ def table(results: dict[str, Any]) -> Table:
         columns=COLUMNS,
         rows=cells,
         text_columns=3,
-        notes=[*(f"{kind}: {text}" for kind, text in BATCHES.items()), *results.get("failures", [])],
+        notes=[
+            f"{arguments['data']}, batches of {arguments['batch_size']}, median of {arguments['repeats']}",
+            *(f"{kind}: {text}" for kind, text in BATCHES.items() if kind in {row["batches"] for row in rows}),
+            *results.get("failures", []),
+        ],
     )
 
 

@@ -78,8 +78,8 @@ class BlockConfig:
         warps: of a block, of which a multiprocessor holds one.
         parts: in how many parts the queries of a head are computed, each with all its keys; at least so many that every
             multiprocessor has some.
-        faster: whether it was measured to be faster than the Triton kernel; for "backward", together with the forward
-            pass.
+        faster: whether `backend="auto"` prefers it to the Triton kernel, being measured to be faster; for "backward",
+            together with the forward pass.
     """
 
     warps: int

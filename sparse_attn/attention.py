@@ -63,15 +63,16 @@ def sparse_attention(
         query_offset: absolute position of the first query, for decoding with a key-value cache.
         dropout: share of probabilities dropped; the seed comes from torch's generator.
         return_lse: also return the log-sum-exp of each row's kept scores, float32 [batch, heads, query_len], or
-            [heads, tokens] when packed. It carries no gradient.
-        backend: "triton", "native", "torch", "reference", or "auto" for the fastest that can. A named backend runs or
-            raises.
+            [heads, tokens] when packed (float64 for float64 inputs). It carries no gradient.
+        backend: "triton", "native", "torch", "reference", or "auto" for the first of the device's that can compute
+            the call. A named backend runs or raises.
 
     Returns:
         Tensor in the shape and dtype of the query, or (tensor, lse).
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit; each named with what was expected.
+        TypeError: bits that are neither an integer nor a table.
         RuntimeError: the named backend cannot compute this; its reasons are listed.
         NotImplementedError: forward-mode gradients; gradients of second order, but with the reference backend.
             `attention_probabilities` has both.

@@ -92,7 +92,7 @@ torch.library.define(
 
 
 def run(call: AttentionCall, backend: str, training: bool) -> tuple[Tensor, Tensor]:
-    """Runs the operator: output in the shape and dtype of the query, lse float32. `training`: whether gradients are
+    """Runs the operator: output in the shape and dtype of the query, and the lse. `training`: whether gradients are
     wanted. Raises NotImplementedError for forward-mode gradients."""
     if forward_ad._current_level >= 0:
         _expect_no_tangents(call)

@@ -33,7 +33,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> N
             raise ValueError(f"{name} is {type(tensor).__name__}, expected a tensor")
     if packed:
         if query.ndim != 3 or key.shape != query.shape or value.shape != query.shape:
-            raise ValueError(f"{_shapes(query, key, value)}: with cu_seqlens all three must be [tokens, heads, head_dim]")
+            shapes = _shapes(query, key, value)
+            raise ValueError(f"{shapes}: with cu_seqlens all three must be [tokens, heads, head_dim]")
     elif query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         raise ValueError(
             f"{_shapes(query, key, value)}: expected query [batch, heads, query_len, head_dim] and key, value "

@@ -24,21 +24,11 @@ LAYERS = [
     ["backends"],
     ["attention"],
     ["integrations"],
-    ["heads", "analysis", "squad", "trainer", "training", "distillation"],
-    ["cli", "doctor", "benchmarks"],
+    ["squad", "trainer", "training", "distillation"],
+    ["doctor", "benchmarks"],
 ]
 LAYER_OF = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-MAY_IMPORT_TRANSFORMERS = {
-    "integrations",
-    "squad",
-    "trainer",
-    "training",
-    "distillation",
-    "heads",
-    "analysis",
-    "cli",
-    "benchmarks",
-}
+MAY_IMPORT_TRANSFORMERS = {"integrations", "squad", "trainer", "training", "distillation", "benchmarks"}
 
 COLD_START = """
 import sys

@@ -61,7 +61,8 @@ def patch_bert(
         The same model. A patched model is patched anew.
 
     Raises:
-        TypeError: the model is not a BERT, or its linear layers are quantised; unpad or onednn is no bool.
+        TypeError: the model is not a BERT, or its linear layers are quantised; mask is no mask, tensor or path; bits is
+            no integer or table; unpad or onednn is no bool.
         ValueError: the mask has other layers or heads than the model, or is not square; bits or backend are wrong;
             onednn is True and torch is built without.
     """
