@@ -21,8 +21,8 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.module}: error: {message} (--help lists the options)\n")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of whole numbers from `least` on."""
+def at_least(least: int, most: float = float("inf")) -> Callable[[str], int]:
+    """The type of whole numbers from `least` to `most`."""
 
     def whole_number(text: str) -> int:
         try:
@@ -31,6 +31,8 @@ def at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is too small; expected at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large; expected at most {most}")
         return value
 
     return whole_number

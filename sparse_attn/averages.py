@@ -27,9 +27,10 @@ class AttentionAverages:
         counts: int64 [query_len, key_len], sequences in which both positions held a real token.
         sequences: how many sequences were averaged.
         tokens: how many real tokens they had.
-        metadata: what else is known, saved with the file: model, data, source.
+        metadata: what else is known, saved with the file as JSON: model, data, source.
 
-    Raises ValueError for shapes that do not fit together and for values that are not finite or below zero.
+    Raises ValueError for shapes that do not fit together, for values that are not finite or below zero, and for sums of
+    pairs that were never seen.
     """
 
     sums: torch.Tensor
@@ -50,22 +51,32 @@ class AttentionAverages:
                 f"averages hold {self.sums[layer, head, query, key].item()} at layer {layer}, head {head}, "
                 f"query {query}, key {key}; expected finite probabilities. Does the model overflow in this dtype?"
             )
+        if not bool(torch.isfinite(self.counts).all()):
+            raise ValueError("averages hold counts that are not finite; expected how often each pair was seen")
+        self.sums, self.counts = self.sums.to(torch.float64), self.counts.to(torch.int64)
         if bool((self.sums < 0).any()) or bool((self.counts < 0).any()):
             raise ValueError("averages hold negative values; expected post-softmax probabilities and counts")
-        self.sums = self.sums.to(torch.float64)
-        self.counts = self.counts.to(torch.int64)
+        if bool((self.sums.amax((0, 1)) * (self.counts == 0)).any()):
+            raise ValueError("averages hold attention between positions that were never seen (a count of 0)")
 
     @classmethod
     def from_mean(cls, mean: torch.Tensor, counts: torch.Tensor | None = None, **metadata: Any) -> AttentionAverages:
         """Averages from a known mean, float [layers, heads, query_len, key_len].
 
-        Without `counts` (int [query_len, key_len]) every pair with a non-zero entry counts as seen once.
+        Without `counts` (int [query_len, key_len]) every pair with a non-zero entry counts as seen once. Where a
+        count is 0, `mean` does not matter.
         """
         if mean.ndim != 4:
             raise ValueError(f"mean has shape {tuple(mean.shape)}, expected [layers, heads, query_len, key_len]")
         if counts is None:
             counts = (mean != 0).flatten(0, 1).any(0)
-        return cls(mean.to(torch.float64) * counts, counts, metadata=metadata)
+        if counts.shape != mean.shape[2:]:
+            raise ValueError(
+                f"mean has shape {tuple(mean.shape)} and counts {tuple(counts.shape)}; expected "
+                "[layers, heads, query_len, key_len] and [query_len, key_len]"
+            )
+        sums = (mean.to(torch.float64) * counts).masked_fill(counts == 0, 0.0)
+        return cls(sums, counts, metadata=metadata)
 
     def __repr__(self) -> str:
         return (
@@ -119,8 +130,9 @@ class AttentionAverages:
         return AttentionAverages(sums, counts, self.sequences + other.sequences, self.tokens + other.tokens, shared)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file with sums, counts and metadata; `load` gives back exactly this object."""
-        counted = {"sequences": self.sequences, "tokens": self.tokens, "metadata": self.metadata}
+        """Writes a safetensors file with sums, counts and metadata. `load` gives back this object, the metadata as JSON
+        has them."""
+        counted = {"sequences": int(self.sequences), "tokens": int(self.tokens), "metadata": self.metadata}
         save_tensors(path, _KIND, {"sums": self.sums, "counts": self.counts}, counted)
 
     @classmethod

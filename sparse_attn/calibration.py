@@ -30,7 +30,7 @@ class ProbabilityHistogram:
     """
 
     def __init__(self):
-        self.counts = torch.zeros(_OCTAVES * BINS_PER_OCTAVE, dtype=torch.float64)
+        self.counts = torch.zeros(_OCTAVES * BINS_PER_OCTAVE, dtype=torch.float64, device="cpu")
         self.sums = torch.zeros_like(self.counts)
 
     def add(self, probabilities: torch.Tensor) -> None:
@@ -44,8 +44,9 @@ class ProbabilityHistogram:
         values = values[values > 0]
         place = (torch.log2(values) + _OCTAVES) * BINS_PER_OCTAVE
         place = place.floor().clamp(0, len(self.counts) - 1).to(torch.int64)
-        self.counts += torch.bincount(place, minlength=len(self.counts)).cpu()
-        self.sums += torch.bincount(place, values.double(), minlength=len(self.counts)).cpu()
+        # Anew, not in place: one that was made in inference mode may go on outside.
+        self.counts = self.counts + torch.bincount(place, minlength=len(self.counts)).cpu()
+        self.sums = self.sums + torch.bincount(place, values.double(), minlength=len(self.counts)).cpu()
 
     @property
     def rows(self) -> float:
@@ -134,13 +135,17 @@ def _levels(histogram: ProbabilityHistogram, table: QuantizationTable) -> torch.
     return torch.where(means < table.threshold, 0, level)
 
 
+def _values(table: QuantizationTable) -> torch.Tensor:
+    return torch.tensor(table.levels, dtype=torch.float64, device="cpu")
+
+
 def _rounded(histogram: ProbabilityHistogram, table: QuantizationTable) -> torch.Tensor:
-    return torch.tensor(table.levels, dtype=torch.float64)[_levels(histogram, table)]
+    return _values(table)[_levels(histogram, table)]
 
 
 def _fitted(histogram: ProbabilityHistogram, table: QuantizationTable) -> QuantizationTable:
     level = _levels(histogram, table)
-    counts = torch.zeros(len(table.levels), dtype=torch.float64).index_add_(0, level, histogram.counts)
+    counts = torch.zeros_like(_values(table)).index_add_(0, level, histogram.counts)
     sums = torch.zeros_like(counts).index_add_(0, level, histogram.sums)
-    means = torch.where(counts > 0, sums / counts.clamp(min=1), torch.tensor(table.levels, dtype=torch.float64))
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), _values(table))
     return QuantizationTable(table.threshold, (0.0, *means[1:].tolist()))

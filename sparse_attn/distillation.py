@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -73,13 +74,13 @@ def distil(
         warmup_share: share of the steps in which the rate rises.
         weight_decay: of AdamW; biases and layer norms are exempt.
         dropout: of the student, instead of its own; None leaves that as it is.
-        seed: of dropout and of the order of the batches.
+        seed: of dropout and of the order of the batches, and so of torch's, NumPy's and Python's generators.
         pad_token_id: the tokenizer's padding token; the student's config says it by default.
         progress: show a bar on stderr.
         description: its text.
 
     Returns:
-        The mean loss of each epoch.
+        The mean loss of each epoch; not finite where training diverged.
 
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
@@ -87,7 +88,8 @@ def distil(
         TypeError: weights of a dtype other than float32, inputs that are no sequence of mappings.
     """
     _check(student, teacher, inputs)
-    if not temperature > 0 or logits_weight < 0 or hidden_weight < 0 or logits_weight + hidden_weight == 0:
+    weights = (logits_weight, hidden_weight)
+    if not 0 < temperature < math.inf or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ValueError(
             f"temperature is {temperature}, logits_weight {logits_weight} and hidden_weight {hidden_weight}; expected "
             "a temperature above 0 and weights of at least 0, not both 0"

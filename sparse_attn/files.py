@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,24 +22,36 @@ def save_tensors(
     path: str | os.PathLike, kind: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]
 ) -> None:
     """Writes `tensors` and JSON-serialisable `metadata` to `path`; a file that is already there stays whole
-    until the new one is complete. Raises OSError where it cannot be written."""
-    path = Path(path)
+    until the new one is complete. Raises OSError where it cannot be written, TypeError for other metadata."""
+    path = resolved(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: a folder; expected the name of a file to write")
     header = {"kind": kind, "format_version": FORMAT_VERSION, "package_version": __version__, **metadata}
+    try:
+        header = json.dumps(header)
+    except TypeError as error:
+        raise TypeError(
+            f"{path} cannot be written: metadata {metadata!r}: {error}; expected what JSON knows"
+        ) from error
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        save_file(contiguous, unfinished, metadata={_HEADER: json.dumps(header)})
-        os.chmod(unfinished, 0o644)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # the user's own, of which safetensors knows nothing
+        save_file(contiguous, unfinished, metadata={_HEADER: header})
+        unfinished.chmod(mode)
         os.replace(unfinished, path)
     except BaseException as error:
-        os.unlink(unfinished)
+        unfinished.unlink(missing_ok=True)
         if isinstance(error, SafetensorError):  # a full disk, say
             raise OSError(f"{path} cannot be written: {error}") from error
         raise
+
+
+def resolved(path: str | os.PathLike) -> Path:
+    """The file that a user's path names: "~" is the home folder, and links are followed."""
+    return Path(os.path.realpath(Path(path).expanduser()))
 
 
 def expect_file(path: Path, expected: str) -> None:
@@ -58,7 +70,7 @@ def load_tensors(
     Raises FileNotFoundError where there is no file, and ValueError where it is truncated, not of this package, of
     another kind, of a newer format, or without one of the tensors.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     expect_file(path, f"a sparse_attn {kind} file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

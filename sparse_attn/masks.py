@@ -30,7 +30,7 @@ class GlobalMask:
         keep: bool [layers, heads, query_len, key_len], true = kept, or packed; a tensor is copied.
 
     Attributes:
-        metadata: how the mask was made, saved with it.
+        metadata: how the mask was made, saved with it as JSON.
     """
 
     def __init__(self, keep: torch.Tensor | PackedMask, metadata: dict[str, Any] | None = None):
@@ -61,7 +61,8 @@ class GlobalMask:
             sparsity: share of positions to prune, in [0, 1). It counts positions that were seen; those that never
                 held two real tokens are pruned on top (but for the diagonal); a UserWarning says where these are most.
             granularity: "element" ranks single positions; "tile" ranks 16 consecutive queries x 1 key by their mean,
-                which costs a kernel half the work at equal sparsity.
+                which costs a kernel half the work at equal sparsity. The last queries may be fewer; a tile counts as
+                the positions that it has.
             scope: what is ranked together: the heads of a "layer" (as published), each "head", or the whole "model".
             keep_diagonal: every query keeps itself, within the same budget, so that no input of any length has a
                 query without keys. A tile is kept if it holds a diagonal position. On short masks that may be more than
@@ -99,7 +100,10 @@ class GlobalMask:
                     "as long as inputs will be, or with a smaller max_length",
                     stacklevel=2,
                 )
-        made = dict(sparsity=sparsity, granularity=granularity, scope=scope, keep_diagonal=keep_diagonal, strict=strict)
+        made = dict(
+            sparsity=sparsity, granularity=granularity, scope=scope, keep_diagonal=bool(keep_diagonal),
+            strict=bool(strict),
+        )  # fmt: skip
         return cls(keep, {**made, "averages": averages.metadata})
 
     @classmethod
@@ -256,7 +260,7 @@ class GlobalMask:
         return counts.double() / (self.query_len * self.key_len)
 
     def retained_attention(self, averages: AttentionAverages) -> torch.Tensor:
-        """Share of the averages' attention mass on kept positions: float64 [layers, heads].
+        """Share of the averages' attention mass on kept positions: float64 [layers, heads]; 0 for a head without any.
 
         Raises ValueError where `averages` have other layers, heads or lengths than the mask.
         """
@@ -264,7 +268,8 @@ class GlobalMask:
             raise ValueError(
                 f"averages of shape {tuple(averages.sums.shape)} do not fit a mask of shape {tuple(self.shape)}"
             )
-        return (averages.sums * self.keep).sum((2, 3)) / averages.sums.sum((2, 3))
+        mass = averages.sums.sum((2, 3))
+        return (averages.sums * self.keep).sum((2, 3)) / torch.where(mass > 0, mass, 1.0)
 
     def layout(self, layer: int, device: torch.device | str | None = None) -> SparseLayout:
         """The compiled mask of a layer (0-based) on `device` (default: the CPU), made once and cached."""

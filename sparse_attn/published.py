@@ -28,7 +28,7 @@ def load_published_averages(path: str | os.PathLike, source: str | None = None) 
 
     Raises FileNotFoundError, and ValueError for a file that is not such an array.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if source is not None and source not in FORMATS:
         raise ValueError(f"source is {source!r}, expected one of {FORMATS} or None")
     expect_file(path, "a published attention pattern (.npy)")

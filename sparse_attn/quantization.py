@@ -34,6 +34,8 @@ class QuantizationTable:
     levels: tuple[float, ...]
 
     def __post_init__(self):
+        if not isinstance(self.levels, tuple):  # a list of them, or an array
+            object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold is {self.threshold}, expected a probability strictly between 0 and 1")
         bits = math.log2(len(self.levels)) if self.levels else 0.0
@@ -99,10 +101,11 @@ class _StraightThroughRounding(torch.autograd.Function):
     @staticmethod
     def forward(probabilities, table):
         levels = torch.tensor(table.levels, dtype=probabilities.dtype, device=probabilities.device)
-        position = (torch.log2(probabilities) - math.log2(table.threshold)) / table.step
+        wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
+        position = (torch.log2(wide) - math.log2(table.threshold)) / table.step
         # log2(0) is -inf: clamp before the conversion to integers.
         level = 1 + position.floor().clamp(0, len(table.levels) - 2).nan_to_num(0.0).to(torch.int64)
-        rounded = levels[torch.where(probabilities < table.threshold, 0, level)]
+        rounded = levels[torch.where(wide < table.threshold, 0, level)]
         return torch.where(probabilities.isnan(), probabilities, rounded)
 
     @staticmethod

@@ -15,7 +15,8 @@ def largest(
     scope: str,
     keep_diagonal: bool,
 ) -> torch.Tensor:
-    """Keeps the largest 1 - sparsity of the seen positions, exactly that many; ties go to the earlier position.
+    """Keeps the largest 1 - sparsity of the seen positions: exactly that many, or, of tiles, as nearly as whole ones
+    make it. Ties go to the earlier position.
 
     Args:
         scores: float64 [layers, heads, query_len, key_len].
@@ -42,9 +43,10 @@ def largest(
     ranked_together = {"layer": (layers, -1), "head": (layers * heads, -1), "model": (1, -1)}[scope]
     pools = scores.reshape(ranked_together)
     per_pool = layers * heads // pools.shape[0]
-    seen_in_pool = int((seen_rows > 0).sum()) * per_pool
+    positions = seen_rows.to(torch.int32)  # of each tile
+    seen_in_pool = int(positions.sum()) * per_pool
     budget = round((1.0 - sparsity) * seen_in_pool)
-    forced = int((diagonal & (seen_rows > 0)).sum()) * per_pool
+    forced = int((positions * diagonal).sum()) * per_pool
     if forced > budget:
         warnings.warn(
             f"the mask keeps {forced / seen_in_pool:.1%} of the positions up to length {longest_seen(seen)}, more than "
@@ -53,10 +55,12 @@ def largest(
             stacklevel=3,
         )
         budget = forced
-    unseen_diagonal = int((diagonal & (seen_rows == 0)).sum()) * per_pool
+    positions = positions.flatten().repeat(per_pool)
     keep = torch.zeros(pools.shape, dtype=torch.bool, device=pools.device)
-    order = pools.argsort(dim=1, descending=True, stable=True)
-    keep.scatter_(1, order[:, : budget + unseen_diagonal], True)
+    for pool, kept in zip(pools, keep):
+        order = pool.argsort(descending=True, stable=True)
+        own = positions[order]
+        kept[order[2 * own.cumsum(0) - own <= 2 * budget]] = True
     keep = keep.view(layers, heads, -1, key_len) & (scores >= 0)
     return keep.repeat_interleave(tile_rows, dim=2)[:, :, :query_len]
 

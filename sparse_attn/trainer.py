@@ -47,16 +47,28 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self):
-        counts = (self.epochs, self.batch_size)
-        if not all(isinstance(count, int) and count >= 1 for count in counts):
+        if not (_is_whole(self.epochs) and _is_whole(self.batch_size) and self.epochs >= 1 and self.batch_size >= 1):
             raise ValueError(
                 f"epochs is {self.epochs} and batch_size {self.batch_size}; expected whole numbers, at least 1 each"
             )
-        if not self.learning_rate > 0 or not 0 <= self.warmup_share <= 1:
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.warmup_share <= 1:
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and warmup_share {self.warmup_share}; expected a rate above "
                 "0 and a share from 0 to 1"
             )
+        if not 0 <= (self.head_learning_rate or 0) < math.inf or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"head_learning_rate is {self.head_learning_rate} and weight_decay {self.weight_decay}; expected "
+                "numbers from 0 on"
+            )
+        if not 0 <= (self.dropout or 0) < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected a share in [0, 1), or None for the model's own")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}, expected a whole number from 0 to 2 ** 32 - 1")
+
+
+def _is_whole(number: object) -> bool:
+    return hasattr(number, "__index__")  # NumPy's integers too
 
 
 def require_accelerate() -> None:
@@ -75,20 +87,20 @@ class LengthGroupedBatches:
     drop_last = False
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths = torch.as_tensor(lengths)
+        self.lengths = torch.as_tensor(lengths, device="cpu")
         self.batch_size = batch_size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        shuffled = torch.randperm(len(self.lengths), generator=self.generator)
+        shuffled = torch.randperm(len(self.lengths), generator=self.generator, device="cpu")
         batches = []
         for run in shuffled.split(_BATCHES_SORTED_TOGETHER * self.batch_size):
             longest_first = run[self.lengths[run].argsort(descending=True, stable=True)]
             batches.extend(longest_first.split(self.batch_size))
-        for index in torch.randperm(len(batches), generator=self.generator):
+        for index in torch.randperm(len(batches), generator=self.generator, device="cpu"):
             yield batches[index].tolist()
 
 
@@ -126,8 +138,8 @@ def train(
 ) -> list[float]:
     """Trains all weights of `model`, in float32 on the device to train on, and leaves it in evaluation mode.
 
-    The same model, examples, schedule and number of threads give the same weights. Started by `torchrun` or
-    `accelerate launch`, every process takes its share of the batches.
+    The same model, examples, schedule and number of threads give the same weights; the generators of torch, NumPy and
+    Python are seeded. Started by `torchrun` or `accelerate launch`, every process takes its share of the batches.
 
     Args:
         model: changed in place.
@@ -137,7 +149,7 @@ def train(
         trainer: which loss; `parts` are further arguments of its constructor.
 
     Returns:
-        The mean loss of each epoch.
+        The mean loss of each epoch; not finite where training diverged.
 
     Raises:
         ModuleNotFoundError: accelerate is not installed.
@@ -154,17 +166,18 @@ def train(
     with tempfile.TemporaryDirectory(prefix="sparse_attn-") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
-            num_train_epochs=schedule.epochs,
-            per_device_train_batch_size=schedule.batch_size,
+            num_train_epochs=int(schedule.epochs),
+            per_device_train_batch_size=int(schedule.batch_size),
             learning_rate=schedule.learning_rate,
             lr_scheduler_type="linear",
             max_grad_norm=1.0,
-            seed=schedule.seed,
+            seed=int(schedule.seed),
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=device.type == "cuda",
             remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="epoch",
+            logging_nan_inf_filter=False,
             report_to="none",
             disable_tqdm=True,
         )
@@ -181,10 +194,12 @@ def train(
             **parts,
         )
         running.remove_callback(PrinterCallback)
-        with _dropout(model, schedule.dropout):
-            running.train()
-    model.eval()
-    model.zero_grad(set_to_none=True)
+        try:
+            with _dropout(model, schedule.dropout), torch.inference_mode(False), torch.enable_grad():
+                running.train()
+        finally:
+            model.eval()
+            model.zero_grad(set_to_none=True)
     return [entry["loss"] for entry in running.state.log_history if "loss" in entry]
 
 

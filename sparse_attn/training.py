@@ -50,13 +50,13 @@ def finetune_question_answering(
         warmup_share: share of the steps in which the rate rises.
         weight_decay: of AdamW; biases and layer norms are exempt.
         dropout: instead of the model's own; None leaves that as it is.
-        seed: of dropout and of the order of the batches.
+        seed: of dropout and of the order of the batches, and so of torch's, NumPy's and Python's generators.
         input_names: which of "input_ids", "attention_mask" and "token_type_ids" the model takes.
         progress: show a bar on stderr.
         description: its text.
 
     Returns:
-        The mean loss of each epoch.
+        The mean loss of each epoch; not finite where training diverged.
 
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.

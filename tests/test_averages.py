@@ -1,5 +1,8 @@
 """Averages as data: means, merging, files."""
 
+import os
+import stat
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +63,41 @@ def test_bad_values_and_shapes_are_named():
         AttentionAverages(-torch.ones(1, 1, 2, 2), torch.ones(2, 2))
     with pytest.raises(ValueError, match="2 layers x 3 heads with 1 layers x 1 heads"):
         some_averages().merge(AttentionAverages(torch.zeros(1, 1, 2, 2), torch.ones(2, 2)))
+
+
+def test_a_mean_may_be_anything_where_nothing_was_seen():
+    sums, counts = torch.rand(1, 2, 3, 3, dtype=torch.float64), torch.tensor([[2, 1, 0], [1, 1, 0], [0, 0, 0]])
+    sums = sums * (counts > 0)
+    averages = AttentionAverages.from_mean(sums / counts, counts)
+    torch.testing.assert_close(averages.sums, sums)
+    assert (averages.mean[:, :, counts == 0] == 0).all()
+    with pytest.raises(ValueError, match="never seen"):
+        AttentionAverages(torch.ones(1, 1, 3, 3), counts)
+    with pytest.raises(ValueError, match=r"\(1, 2, 3, 3\) and counts \(4, 4\)"):
+        AttentionAverages.from_mean(sums, torch.ones(4, 4))
+    with pytest.raises(ValueError, match="counts that are not finite"):
+        AttentionAverages(sums, torch.full((3, 3), float("nan")))
+
+
+def test_files_are_where_the_user_means(tmp_path, monkeypatch):
+    """ "~" is the home folder, a link stays one, the mode is the user's, and metadata are what JSON has."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    averages = some_averages()
+    averages.metadata["lengths"] = (1, 2)
+    previous = os.umask(0o027)
+    try:
+        averages.save("~/folder/averages.safetensors")
+    finally:
+        os.umask(previous)
+    target = tmp_path / "folder" / "averages.safetensors"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    (tmp_path / "link").symlink_to(target)
+    some_averages(3).save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and AttentionAverages.load("~/link") == some_averages(3)
+    averages.metadata["model"] = torch.nn.Linear
+    with pytest.raises(TypeError, match="link|averages.*metadata.*JSON"):
+        averages.save("~/folder/averages.safetensors")
+    assert [path.name for path in target.parent.iterdir()] == ["averages.safetensors"]
 
 
 def test_bad_files_are_named(tmp_path):

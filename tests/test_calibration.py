@@ -168,6 +168,35 @@ def test_a_calibrated_table_goes_through_the_kernels(model):
     assert 0 < (fitted - exact).norm() < (published - exact).norm()
 
 
+def test_padding_that_all_sequences_share_may_be_longer_than_the_mask(model):
+    """As batches padded to a model's greatest length are; through a module around the model, and in inference mode."""
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, features):
+            return self.inner(**features)
+
+    batch, mask = padded_inputs((30, 12)), GlobalMask.random(2, 2, 16, sparsity=0.5)
+    batch["attention_mask"][:, 12:] = 0
+    with torch.inference_mode():
+        found = collect_probabilities(Around(), [batch], mask, progress=False)
+    cut = {name: value[:, :12] for name, value in batch.items()}
+    expected = collect_probabilities(model, [cut], mask, progress=False)
+    assert torch.equal(found.counts, expected.counts)
+    found.add(torch.rand(3))
+
+
+def test_tables_do_not_depend_on_the_default_device():
+    histogram = ProbabilityHistogram()
+    histogram.add(torch.rand(100))
+    expected = renormalised_table(histogram, calibrated_table(histogram, 3))
+    with torch.device("meta"):
+        assert renormalised_table(histogram, calibrated_table(histogram, 3)) == expected
+
+
 def test_without_a_batch_there_is_nothing_to_collect(model):
     with pytest.raises(ValueError, match="no batch"):
         collect_probabilities(model, [], GlobalMask.random(2, 2, 24, sparsity=0.5), progress=False)

@@ -180,6 +180,7 @@ def test_text_without_tokens_or_room_is_refused(tokenizer):
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"logits_weight": 0.0, "hidden_weight": 0.0}, "not both 0"),
         ({"hidden_weight": -1.0}, "hidden_weight -1.0"),
+        ({"logits_weight": float("nan")}, "logits_weight nan"),
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
     ],

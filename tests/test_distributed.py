@@ -99,7 +99,7 @@ def test_logits_follow_the_windows_whatever_the_batches():
     expected = predict(model, windows, pad, progress=False)
     order = list(range(len(windows)))[::-1]
     batches = [order[first : first + 5] for first in range(0, len(order), 5)]
-    found = predict(model, windows, pad, batches=batches, pad_to=30, progress=False)
+    found = predict(model, windows, pad, batches=iter(batches), pad_to=30, progress=False)
     for rows, expected_rows in zip(found, expected, strict=True):
         for row, expected_row in zip(rows, expected_rows, strict=True):
             torch.testing.assert_close(row, expected_row, atol=1e-5, rtol=0)

@@ -63,6 +63,21 @@ def test_shape_dtype_and_straight_through_gradient():
     assert torch.equal(p.grad, torch.ones_like(p))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_low_precision_is_rounded_as_the_same_numbers_in_float32(dtype, bits):
+    p = torch.rand(4096).to(dtype)
+    assert torch.equal(quantize(p, bits), quantize(p.float(), bits).to(dtype))
+    below = torch.tensor(0.00099945, dtype=dtype)
+    assert below.item() < 1e-3 and quantize(below, bits) == 0
+
+
+@pytest.mark.parametrize("levels", [list, np.array, torch.tensor])
+def test_levels_may_come_as_any_sequence(levels):
+    table = QuantizationTable(1e-3, levels([0.0, 0.5]))
+    assert table == QuantizationTable(1e-3, (0.0, 0.5)) and {table: 1}
+
+
 def test_bits_may_be_any_integer():
     p = torch.rand(100)
     assert log_table(np.int64(3)) == log_table(3)

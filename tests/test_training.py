@@ -1,5 +1,7 @@
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForQuestionAnswering
@@ -95,12 +97,45 @@ def test_batches_hold_similar_lengths_in_a_new_order_each_pass():
         ({"epochs": 1.5}, "epochs is 1.5 .* whole numbers"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"head_learning_rate": -1.0}, "head_learning_rate is -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay nan"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"seed": 2**32}, "seed is 4294967296"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(changes, message):
     arguments = {"windows": marked_windows(4), "pad_token_id": 0, "progress": False, **changes}
     with pytest.raises(ValueError, match=message):
         finetune_question_answering(tiny_model(), **arguments)
+
+
+def test_training_that_diverges_says_so():
+    settings = {**SETTINGS, "epochs": np.int64(3), "learning_rate": 1e30}
+    losses = finetune_question_answering(tiny_model(), marked_windows(32), 0, **settings)
+    assert len(losses) == 3 and not any(map(math.isfinite, losses[1:]))
+
+
+def test_a_failed_step_leaves_evaluation_mode_and_no_gradients():
+    model, steps = tiny_model(), []
+
+    def fail(*_):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyError("a failure")
+
+    model.register_forward_hook(fail)
+    with pytest.raises(KeyError, match="a failure"):
+        finetune_question_answering(model, marked_windows(64), 0, **SETTINGS)
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_has_gradients_wherever_it_is_called(mode):
+    model, same, settings = tiny_model(), tiny_model(), {**SETTINGS, "epochs": 1}
+    with mode():
+        losses = finetune_question_answering(model, marked_windows(32), 0, **settings)
+    assert losses == finetune_question_answering(same, marked_windows(32), 0, **settings)
 
 
 def test_other_windows_and_models_are_refused():

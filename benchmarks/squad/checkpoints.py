@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -179,6 +180,8 @@ def _kept(
     if all(of_all(record.is_file())):
         return Checkpoint(str(folder), folder.name, json.loads(record.read_text())["losses"], True, how)
     losses = train()
+    if not all(map(math.isfinite, losses)):
+        raise ValueError(f"training diverged: the losses of the epochs are {losses}; lower the learning rate")
     made = {
         "method": type(recipe).__name__,
         **asdict(recipe),

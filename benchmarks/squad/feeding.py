@@ -101,18 +101,22 @@ def blocks_feed(inputs: Inputs, device: torch.device, longest: int) -> Feed:
     return feed
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a sequence's first token: RoBERTa and its kin count from behind the padding's."""
+    embeddings = model.base_model.embeddings
+    return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+
+
 def packed_feed(inputs: Inputs, device: torch.device, model: PreTrainedModel) -> Feed:
     """Batches in one row without padding, with the arguments that transformers' flash attention takes."""
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         raise Absent(f"{type(model).__name__} takes no position_ids, which packed sequences need")
-    embeddings = model.base_model.embeddings
-    counts_padding = hasattr(embeddings, "create_position_ids_from_input_ids")  # RoBERTa's positions begin after it
-    first_position = embeddings.padding_idx + 1 if counts_padding else 0
+    first = first_position(model)
     names = ["position_ids", *(name for name in inputs.names if name != "attention_mask")]
 
     def feed(indices: list[int]) -> dict:
         batch = inputs.windows.packed(indices)
-        batch["position_ids"] += first_position
+        batch["position_ids"] += first
         lengths = inputs.windows.lengths[indices].tolist()
         bounds, longest = moved(batch["cu_seqlens"], device), max(lengths)
         return {

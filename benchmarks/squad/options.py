@@ -137,7 +137,7 @@ def _add_training(group) -> None:
         help="train on --train-data, or on two thirds of the articles of --data: dense, then masked",
     )
     group.add_argument("--epochs", type=at_least(1), default=3, help="of --finetune (default: %(default)s)")
-    group.add_argument("--seed", type=at_least(0), default=0, help="of training (default: %(default)s)")
+    group.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of training (default: %(default)s)")
     group.add_argument(
         "--seeds",
         type=at_least(1),

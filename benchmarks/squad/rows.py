@@ -229,7 +229,11 @@ class _Bench:
         path = self.store / f"{key}.json"
         if not self.setting.options.resume or not path.is_file():
             return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            print(f"benchmarks.squad: {path} is damaged: the row is measured again", file=sys.stderr)
+            return None
 
     def _keep(self, key: str, row: Row) -> None:
         """Writes a row for --resume. Where that fails, the run goes on: what it finds is still printed."""

@@ -22,6 +22,7 @@ from ..launched import own_device
 from ..options import chosen
 from .checkpoints import load_model, load_tokenizer, packaged_model
 from .data import choose_questions, own_questions
+from .feeding import first_position
 from .recovery import RecoveryText, read_recovery
 from .shapes import SHAPES, shape_config
 from .variants import NAMES, Variant, default_names, table_variants
@@ -133,7 +134,7 @@ def read_setting(options: Namespace) -> Setting:
             f"--model {options.model}: no trained question-answering head (weights absent: "
             f"{', '.join(missing)}); pass a model fine-tuned on SQuAD, or --finetune to train one"
         )
-    _check_positions(config, options.max_length)
+    _check_positions(config, 0 if shape else first_position(model), options.max_length)
 
     def windows_of(questions: list[Question]) -> list[Window]:
         return make_windows(questions, tokenizer, options.max_length, options.stride)
@@ -148,6 +149,11 @@ def read_setting(options: Namespace) -> Setting:
         from_training = options.finetune or sets.own_training
         candidates = training_windows if from_training else windows_of(own_questions()[0])
         head_windows = [window for window in candidates if window.end_position > 0]
+        if not head_windows:
+            raise ValueError(
+                f"no window of the {len(candidates)} to train on holds an answer; expected answers that stand where "
+                "their records say"
+            )
     if given_mask is not None:
         averages_windows, averages_from = [], "none: --mask"
     elif training_windows is not None:
@@ -207,10 +213,12 @@ def _check_mask_options(options: Namespace, mask: GlobalMask | None) -> None:
         raise ValueError("--sweep sparsity: masks of other sparsities need averages, which --mask leaves out")
 
 
-def _check_positions(config: PretrainedConfig, max_length: int) -> None:
+def _check_positions(config: PretrainedConfig, first: int, max_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ValueError(f"--max-length {max_length}: the model has {positions} positions; expected at most that")
+    if positions is not None and max_length > positions - first:
+        raise ValueError(
+            f"--max-length {max_length}: the model has {positions - first} positions; expected at most that"
+        )
 
 
 def _batches(options: Namespace, windows: list[Window]) -> list[list[int]]:

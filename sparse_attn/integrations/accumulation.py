@@ -33,6 +33,8 @@ class AttentionSums:
     """
 
     def __init__(self, layers: int, heads: int, max_length: int | None):
+        if max_length is not None and (not hasattr(max_length, "__index__") or max_length < 1):
+            raise ValueError(f"max_length is {max_length}, expected a whole number of positions, at least 1, or None")
         self.layers, self.heads, self.max_length = layers, heads, max_length
         self.side = max_length or 0
         self.sums = torch.zeros(layers, heads, self.side, self.side, dtype=torch.float64, device="cpu")
@@ -134,7 +136,7 @@ class AttentionSums:
         self.sums = self.sums.to(device)
         self.sequences += len(self._batch)
         self.tokens += sum(sequence.length for sequence in self._batch)
-        real = torch.zeros(len(self._batch), longest, device="cpu")
+        real = torch.zeros(len(self._batch), longest, dtype=torch.float32, device="cpu")
         for sequence, own in zip(self._batch, real):
             own[slice(sequence.length) if sequence.positions is None else sequence.positions.cpu()] = 1
         pairs = (real.T @ real).long()  # exact: batches have fewer than 2^24 sequences

@@ -13,7 +13,7 @@ _EXAMPLE = "tokenizer(texts, padding=True, return_tensors='pt')"
 def moved_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device) -> Iterator[dict[str, object]]:
     """Each batch as keyword arguments of a model's forward, its tensors on `device`.
 
-    Raises TypeError for batches that are no mappings, and for tokens that are no tensors.
+    Raises TypeError for batches that are no mappings, and for tokens that are no tensors; ValueError for empty batches.
     """
     for batch in batches:
         if not isinstance(batch, Mapping):
@@ -26,7 +26,24 @@ def moved_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device)
                 raise TypeError(
                     f"{name} is {type(batch[name]).__name__}, expected a tensor [batch, length]: {_EXAMPLE}"
                 )
+            if isinstance(batch.get(name), Tensor) and batch[name].numel() == 0:
+                raise ValueError(
+                    f"{name} has shape {tuple(batch[name].shape)}, expected at least one sequence and token"
+                )
         yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def without_common_padding(batch: dict[str, object]) -> dict[str, object]:
+    """A batch without the positions at its end that are padding in every sequence, which a mask need not cover."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return batch
+    used = mask.bool().any(0).nonzero()
+    length = int(used[-1]) + 1 if len(used) else 1
+    return {
+        name: value[:, :length] if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
+        for name, value in batch.items()
+    }
 
 
 def expect_several(batches: Iterable[Mapping[str, Tensor]]) -> None:

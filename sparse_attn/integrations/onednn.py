@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.functional import pad
 from torch.nn.modules import module as every_module
 
 from .models import Encoder, is_a
@@ -94,10 +95,17 @@ class OneDNNLinear(nn.Linear):
         if not _usable(self, input):
             return super().forward(input)
         algorithm = self.__dict__.get(_ALGORITHM)
-        if algorithm is None:
-            return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
-        output = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "gelu", [], algorithm)
-        setattr(output, _ACTIVATED, True)
+        activation = ("none", [], "") if algorithm is None else ("gelu", [], algorithm)
+        rows = input.shape[:-1].numel()
+        added = 0 if input.dtype == torch.bfloat16 else recurring_rows(rows) - rows
+        if added:  # torch's own way is oneDNN too in bfloat16, whatever their number
+            input_rows = pad(input.reshape(rows, -1), (0, 0, 0, added))
+            output = torch.ops.mkldnn._linear_pointwise(input_rows, self.weight, self.bias, *activation)
+            output = output[:rows].view(*input.shape[:-1], self.out_features)
+        else:
+            output = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, *activation)
+        if algorithm is not None:
+            setattr(output, _ACTIVATED, True)
         return output
 
 
@@ -229,10 +237,8 @@ def _gelu_algorithm(activation: object) -> str | None:
 
 
 def _usable(module: nn.Linear, input: Tensor) -> bool:
-    """The operator has no gradients and no autocast, and takes plain tensors of one dtype. Numbers of rows must recur,
-    but in bfloat16, where torch's own way is oneDNN too."""
-    rows = input.numel() // (input.shape[-1] or 1)
-    if rows < _LEAST_ROWS:
+    """The operator has no gradients and no autocast, and takes plain tensors of one dtype."""
+    if input.shape[:-1].numel() < _LEAST_ROWS:
         return False
     weight, bias = module.weight, module.bias
     if (
@@ -251,7 +257,6 @@ def _usable(module: nn.Linear, input: Tensor) -> bool:
         input.device.type == weight.device.type == "cpu"
         and input.dtype == weight.dtype
         and input.dtype in onednn_dtypes()
-        and (input.dtype == torch.bfloat16 or rows == recurring_rows(rows))
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
     )

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ..calibration import ProbabilityHistogram
 from ..masks import GlobalMask
 from ..progress import progress as show_progress
-from .batches import expect_several, moved_batches
+from .batches import expect_several, moved_batches, without_common_padding
 from .models import attention_implementation, encoder_of, evaluating
 from .routing import padding_mask, sparse_attention_forward
 from .transformers import patched
@@ -55,7 +55,7 @@ def collect_probabilities(
                 object.__setattr__(module, _HISTOGRAM, histogram)
             shown = show_progress(batches, "counting probabilities", enabled=progress)
             for batch in moved_batches(shown, device):
-                model(**batch)
+                encoder.model(**without_common_padding(batch))
                 passes += 1
     finally:
         for module in encoder.attention:

@@ -51,10 +51,13 @@ def predict(
         raise ValueError("no windows to predict; expected at least one, from make_windows")
     if batches is None:
         batches = length_sorted_batches(windows, batch_size)
+    batches = [list(batch) for batch in batches]
     if sorted(index for batch in batches for index in batch) != list(range(len(windows))):
         raise ValueError(f"batches must hold each of the {len(windows)} windows once, by its index")
     lengths = [len(window.input_ids) for window in windows]
-    logits = torch.zeros(2, sum(lengths))  # start and end; zero where another process fills in
+    logits = torch.zeros(
+        2, sum(lengths), dtype=torch.float32, device="cpu"
+    )  # start and end; zero where another process fills in
     starts, ends = (rows.split(lengths) for rows in logits)
     shown = show_progress(share_of(batches), "predicting", enabled=progress and rank_and_world()[0] == 0)
     failure = None

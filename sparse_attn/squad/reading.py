@@ -52,7 +52,7 @@ def read_squad(path: str | os.PathLike[str], limit: int | None = None) -> list[Q
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1 question, or None for all")
-    path = Path(path)
+    path = Path(path).expanduser()
     questions: list[Question] = []
     records: dict[str, str] = {}
     for record, question in _questions(path, _load(path)):
@@ -171,6 +171,8 @@ def _text(path: Path, record: str, value: Any, name: str) -> str:
     text = _field(path, record, value, name, str)
     if not text.strip():
         raise ValueError(f"{path}: {record}: field {name!r} is blank; expected text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{path}: {record}: field {name!r} holds half of a surrogate pair; expected Unicode text")
     return text
 
 

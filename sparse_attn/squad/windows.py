@@ -111,7 +111,7 @@ class WindowTensors:
     def __init__(self, windows: Sequence[Window]):
         if not windows:
             raise ValueError("no windows to collate; expected at least one")
-        self.lengths = torch.tensor([len(window.input_ids) for window in windows])
+        self.lengths = torch.tensor([len(window.input_ids) for window in windows], device="cpu")
         self.input_ids = _flat([window.input_ids for window in windows])
         self.token_type_ids = _flat([window.token_type_ids for window in windows])
         self._starts = self.lengths.cumsum(0) - self.lengths
@@ -132,12 +132,12 @@ class WindowTensors:
         """
         if pad_token_id is None:
             raise ValueError("pad_token_id is None; expected an id: give the tokenizer a padding token")
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices, device="cpu")
         lengths = self.lengths[rows].unsqueeze(1)
         longest = int(lengths.max())
         if pad_to is not None and longest > pad_to:
             raise ValueError(f"a window has {longest} tokens, more than pad_to ({pad_to}); raise pad_to")
-        columns = torch.arange(longest if pad_to is None else pad_to)
+        columns = torch.arange(longest if pad_to is None else pad_to, device="cpu")
         real = columns < lengths
         places = (self._starts[rows].unsqueeze(1) + columns).clamp(max=len(self.input_ids) - 1)
         return {
@@ -153,10 +153,10 @@ class WindowTensors:
             int64 tensors [1, tokens of the batch]: input_ids, token_type_ids and position_ids (from 0 in every
             window), and cu_seqlens, int32 [windows + 1], where the windows begin and the last one ends.
         """
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices, device="cpu")
         lengths = self.lengths[rows]
         bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        positions = torch.arange(int(bounds[-1])) - bounds[:-1].repeat_interleave(lengths)
+        positions = torch.arange(int(bounds[-1]), device="cpu") - bounds[:-1].repeat_interleave(lengths)
         places = (positions + self._starts[rows].repeat_interleave(lengths)).unsqueeze(0)
         return {
             "input_ids": self.input_ids[places],
@@ -183,8 +183,8 @@ def collate(windows: Sequence[Window], pad_token_id: int, pad_to: int | None = N
     """
     return {
         **WindowTensors(windows).padded(range(len(windows)), pad_token_id, pad_to),
-        "start_positions": torch.tensor([window.start_position for window in windows]),
-        "end_positions": torch.tensor([window.end_position for window in windows]),
+        "start_positions": torch.tensor([window.start_position for window in windows], device="cpu"),
+        "end_positions": torch.tensor([window.end_position for window in windows], device="cpu"),
     }
 
 

@@ -139,9 +139,13 @@ def test_an_interrupted_run_goes_on_where_it_was(in_process, arguments, tmp_path
     assert [row["variant"] for row in first] == FIRST_ROWS.split(",")
     assert squad.main([*command, "--resume"]) == 0
     assert len(measured) == 4 and results_of(tmp_path)["rows"] == first
+    damaged = min((tmp_path / "results" / "rows").iterdir())
+    damaged.write_text("")
+    assert squad.main([*command, "--resume"]) == 0
+    assert "is damaged: the row is measured again" in capsys.readouterr().err and len(measured) == 5
     assert squad.main([*command, "--resume", "--variants", "sparse-unpadded", "--sparsity", "0.8"]) == 0
     assert squad.main([*command, "--resume", "--variants", "sdpa-unpadded", "--limit", "11"]) == 0
-    assert len(measured) == 6, "what a row depends on has changed"
+    assert len(measured) == 7, "what a row depends on has changed"
 
 
 def test_a_row_that_fails_is_reported_and_the_others_are_measured(in_process, arguments, tmp_path, monkeypatch, capsys):

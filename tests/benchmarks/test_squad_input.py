@@ -51,6 +51,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--mask", "absent.safetensors", "--sparsity", "0.5"], "--sparsity is of masks that are made"),
         (["--bits", "none", "--table", "calibrated"], "no row rounds to calibrated values"),
         (["--max-length", "65"], "the model has 64 positions"),
+        (["--seed", "9999999999"], "expected at most"),
         (["--max-length", "16", "--stride", "15"], "max_length 16"),
     ],
 )

@@ -235,6 +235,12 @@ def test_bad_input_is_named(model):
         )
     with pytest.raises(ValueError, match="no batch"):
         collect_averages(model, [], progress=False)
+    for shape in ((0, 9), (2, 0)):
+        with pytest.raises(ValueError, match=re.escape(f"input_ids has shape {shape}")):
+            collect_averages(model, [{"input_ids": torch.ones(shape).long()}], progress=False)
+    for max_length in (0, 8.0):
+        with pytest.raises(ValueError, match=f"max_length is {max_length}, expected a whole number"):
+            collect_averages(model, [padded_inputs()], max_length=max_length, progress=False)
     with pytest.raises(ValueError, match="length 20, more than max_length 10"):
         collect_averages(model, [padded_inputs()], max_length=10, progress=False)
     model.encoder.layer[1].attention.self.query.weight.data[:] = float("nan")

@@ -106,19 +106,24 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(onednn, "_PIECE_BYTES", 31 * 4 * small_config().intermediate_size)
 
 
+class Products(TorchDispatchMode):
+    """The activation and the number of rows of every product by oneDNN."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function) == ONEDNN:
+            self.seen.append((args[3], args[0].shape[:-1].numel()))
+        return function(*args, **(kwargs or {}))
+
+
 def rows_of_products(model, inputs, **more):
     """How many rows the layers' first linear layers of feed-forward parts take at a time."""
-    shapes = []
-
-    class Rows(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if str(function) == ONEDNN and args[3] == "gelu":
-                shapes.append(args[0].shape[:-1].numel())
-            return function(*args, **(kwargs or {}))
-
-    with Rows(), torch.set_grad_enabled(more.pop("gradients", False)):
+    with Products() as products, torch.set_grad_enabled(more.pop("gradients", False)):
         output = model(**inputs, **more).last_hidden_state
-    return output, shapes
+    return output, [rows for activation, rows in products.seen if activation == "gelu"]
 
 
 @pytest.mark.parametrize("unpad", [True, False])
@@ -283,6 +288,21 @@ def test_forward_methods_of_others_are_left_alone(bert):
     patch_model(bert, MASK, onednn=True)
     assert linear.forward is own and operators_of(bert, padded_inputs())[1][ONEDNN] == 6 * MASK.layers - 1
     assert unpatch(bert) is bert and linear.forward is own
+
+
+def test_numbers_of_rows_recur_in_float32(bert):
+    """oneDNN keeps a kernel for each; batches that never had padding get rows that are dropped again."""
+    block, input = bert.encoder.layer[0].intermediate, torch.randn(3, 67, 64)
+    with torch.no_grad():
+        expected = block.dense(input), block(input)
+        patch_model(bert, MASK, onednn=True)
+        with Products() as products:
+            found = block.dense(input), block(input)
+            block.dense(input[:, :64])
+    assert products.seen == [("none", 204), ("gelu", 204), ("none", 192)]
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+    assert found[0].is_contiguous() and found[0].shape == (3, 67, 64)
 
 
 def test_no_tokens(bert):

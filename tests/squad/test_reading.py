@@ -73,6 +73,13 @@ def test_reads_every_field_in_file_order(tmp_path):
     assert questions[0] == Question("m1", "Mills", CONTEXT, "When was the mill built?", ("1820", "in 1820"), (32, 29))
 
 
+def test_half_a_surrogate_pair_is_named(tmp_path):
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(CONTENT).replace("was", "\\ud800", 1))
+    with pytest.raises(ValueError, match="holds half of a surrogate pair"):
+        read_squad(path)
+
+
 def test_limit_takes_the_first_questions(tmp_path):
     path = write(tmp_path, CONTENT)
     assert [question.id for question in read_squad(path, limit=2)] == ["m1", "m2"]
