@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from .attention_inputs import Inputs
-from .attention_results import write_results
 from .attention_run import LazyMasks, Settings, checked_call, planned, run
 from .attention_table import print_table
-from .attention_variants import Absent, Variant, all_variants
+from .attention_variants import Variant, all_variants
 from .attention_workloads import FORWARD, MASKS, PASSES, WORKLOADS, Workload, default_workloads
 from .device import pick_device, synchronize
-from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, names, positive
+from .options import DTYPES, OneLineParser, at_least, chosen, fail, file_to_write, names, positive
+from .pages import write_json
+from .verdicts import Absent
 
 _SECONDS = {"cuda": 0.5, "cpu": 2.0}
 
@@ -56,21 +57,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings, workloads, variants = _asked_for(options)
     except ValueError as error:
-        return _fail(error, status=2)
+        return fail("attention", error, status=2)
     try:
         results = run(workloads, variants, settings, keep=partial(_write, options.json))
     except OSError as error:
-        return _fail(error, status=1)
+        return fail("attention", error, status=1)
     print_table(results)
     wrong = {row["variant"] for row in results["absent"] if row.get("wrong")}
     if own := sorted(wrong & {variant.name for variant in variants if variant.ours}):
-        return _fail(f"wrong results of {', '.join(own)}: see the reasons above", status=1)
+        return fail("attention", f"wrong results of {', '.join(own)}: see the reasons above", status=1)
     return 0 if results["rows"] else 1
 
 
 def _write(path: Path | None, results: dict[str, Any]) -> None:
     if path is not None:
-        write_results(results, path)
+        write_json(results, path)
 
 
 def _asked_for(options: Namespace) -> tuple[Settings, list[Workload], list[Variant]]:
@@ -93,11 +94,6 @@ def _asked_for(options: Namespace) -> tuple[Settings, list[Workload], list[Varia
         seed=options.seed,
     )
     return settings, workloads, [variant for variant in here if variant.name in variant_names]
-
-
-def _fail(error: Exception | str, status: int) -> int:
-    print(f"benchmarks.attention: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 def pytest_generate_tests(metafunc) -> None:

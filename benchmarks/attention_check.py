@@ -11,15 +11,12 @@ from sparse_attn.quantization import log_table, quantize
 
 from .attention_inputs import Case
 from .error_budget import edge_gaps
+from .verdicts import Wrong
 
 # Largest relative error, ||result - exact|| / ||exact||. Matrix units may compute float32 products in tf32.
 LIMITS = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _PAIRS = 4  # sequences and heads looked at
 _ROWS = 128  # queries of each
-
-
-class Wrong(Exception):
-    """A result that is not attention."""
 
 
 class Expected:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .attention_inputs import Case
-from .attention_variants import Absent, Attend, Variant
+from .attention_variants import Attend, Variant
+from .verdicts import Absent
 
 _BLOCK = 64  # tokens of blksprs' square blocks; head_dim is cut by the same size
 _INT8_TOLERANCE = 0.1  # relative error that 8-bit products may have

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .attention_inputs import Case
-from .attention_variants import Absent, Attend, Variant
+from .attention_variants import Attend, Variant
+from .verdicts import Absent
 
 
 def _eager(case: Case) -> Attend:

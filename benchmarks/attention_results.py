@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .attention_variants import OWN_NAMES
-from .pages import complete_files
 
 Row = dict[str, Any]
 
@@ -48,11 +47,6 @@ def useful_flops_per_second(results: dict[str, Any], row: Row) -> float:
 def flops_per_byte(results: dict[str, Any], row: Row) -> float:
     """Operations on kept positions per byte that has to be moved."""
     return useful_flops_per_second(results, row) / (row["memory_share"] * results["ceilings"]["copy_bytes_per_second"])
-
-
-def write_results(results: dict[str, Any], path: Path) -> None:
-    with complete_files(path.parent) as unfinished:
-        (unfinished / path.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def newest_results(folder: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .attention_check import Wrong
 from .attention_inputs import Case, LayerMask, dense_positions
-from .attention_variants import Absent, Variant
+from .attention_variants import Variant
 from .attention_workloads import Workload
 from .ceilings import Ceilings, least_bytes, useful_flops
 from .timing import Timed, percentiles
+from .verdicts import Absent, Wrong
 
 _REASON_LENGTH = 300
 _PATH = re.compile(r"(?:/[\w.+-]+){2,}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_check import Expected, Wrong
+from .attention_check import Expected
 from .attention_inputs import Case, Inputs, LayerMask
 from .attention_rows import Entry, absence_of_all, absence_row, dtype_name, reason_of, result_row
 from .attention_variants import Variant
@@ -21,6 +21,7 @@ from .attention_workloads import FORWARD, MASKS, PASSES, Workload
 from .ceilings import measure_ceilings
 from .device import circumstances
 from .timing import Timer, empty_milliseconds, make_timer, time_in_turns
+from .verdicts import Wrong
 
 _NO_BACKWARD = "no backward pass on CPUs"
 _COMPILES = "left out to keep the run short: it compiles for seconds for every shape"

@@ -9,12 +9,11 @@ from typing import Any
 from .attention_goals import Outcome, outcomes
 from .attention_results import Row, fastest, fastest_dense, fastest_own, find_rows, groups
 from .attention_workloads import FORWARD, FORWARD_BACKWARD
-from .pages import ABSENT, rate, table_lines
+from .pages import ABSENT, Table, rate, table_lines
 
 COLUMNS = (
     "variant", "mask", "bits", "p50 ms", "p20 to p80", "against dense", "of bandwidth", "of matrix rate", "error",
 )  # fmt: skip
-_TABLE_WIDTH = 120
 _SUMMARISED = (
     ("squad384", FORWARD), ("squad384", FORWARD_BACKWARD), ("packed-squad", FORWARD), ("long2048", FORWARD),
 )  # fmt: skip
@@ -50,21 +49,12 @@ def cells(row: Row, dense: Row | None) -> list[str]:
 
 def print_table(results: dict[str, Any]) -> None:
     """Prints all rows, and who is absent and why."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=max(Console().width, _TABLE_WIDTH))  # a narrow terminal wraps, and no cell is cut
     for workload, direction in groups(results):
-        title = f"{workload}, {direction}: {_shape(results['workloads'][workload])}"
-        table = Table(title=title, title_justify="left")
-        for index, column in enumerate(COLUMNS):
-            table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
         dense = fastest_dense(results, workload, direction)
-        for row in find_rows(results, workload, direction):
-            table.add_row(*cells(row, dense))
-        console.print(table)
-    for line in (f"{results['device']}, {results['dtype']}", *notes(results), *absence_lines(results["absent"])):
-        console.print(line, markup=False, highlight=False)
+        rows = [cells(row, dense) for row in find_rows(results, workload, direction)]
+        title = f"{workload}, {direction}: {_shape(results['workloads'][workload])}"
+        Table(title, COLUMNS, rows, text_columns=2).print()
+    print(f"{results['device']}, {results['dtype']}", *notes(results), *absence_lines(results["absent"]), sep="\n")
 
 
 def notes(results: dict[str, Any]) -> list[str]:

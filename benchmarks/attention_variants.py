@@ -13,14 +13,11 @@ from sparse_attn.backends import BACKENDS
 
 from .attention_inputs import Case
 from .attention_workloads import MASKS, Workload
+from .verdicts import Absent
 
 _LONGEST_ALL_KEPT = 4096  # tokens
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Absent(Exception):
-    """Why a variant cannot be measured."""
 
 
 @dataclass(frozen=True)

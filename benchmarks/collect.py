@@ -7,15 +7,12 @@ Prints a table and writes JSON.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +25,13 @@ from sparse_attn.squad.reading import read_squad
 from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
 
 from .device import circumstances, pick_device, synchronize
-from .measure import peak_memory
-from .options import OneLineParser, at_least, chosen, file_to_write, names
-from .pages import ABSENT, Table, complete_files
+from .measure import in_own_process, peak_memory
+from .options import OneLineParser, at_least, chosen, fail, file_to_write, names
+from .pages import ABSENT, Table, write_json
 from .squad.checkpoints import load_model, load_tokenizer, packaged_model
 from .squad.data import OWN_QUESTIONS
 from .squad.shapes import build_shape
+from .verdicts import Wrong
 
 MODELS = ("minilm", "bert-base-shape")
 BATCHES = {
@@ -46,10 +44,6 @@ TOLERANCE = 5e-6  # of a mean: models in float32 are 1e-6 off the same model in 
 COLUMNS = ("model", "batches", "way", "seconds", "windows/s", "against output_attentions", "peak memory")
 
 Batch = dict[str, torch.Tensor]
-
-
-class Different(Exception):
-    """The two ways disagree, so their times say nothing."""
 
 
 def output_attentions(model: PreTrainedModel, batches: Sequence[Batch]) -> AttentionAverages:
@@ -109,9 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
             for row in measure(name, kind, made[kind], options, device, failures)
         ]
     except (ValueError, OSError, ImportError) as error:
-        return _fail(error, status=2)
-    except Different as error:
-        return _fail(error, status=1)
+        return fail("collect", error, status=2)
+    except Wrong as error:
+        return fail("collect", error, status=1)
     batches = next(iter(made.values()))
     results = {
         **circumstances(device),
@@ -123,10 +117,9 @@ def main(arguments: list[str] | None = None) -> int:
     }
     table(results).print()
     try:
-        with complete_files(options.json.parent) as unfinished:
-            (unfinished / options.json.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(results, options.json)
     except OSError as error:
-        return _fail(error, status=1)
+        return fail("collect", error, status=1)
     print(options.json)
     return int(bool(failures))
 
@@ -157,13 +150,13 @@ def load(name: str, device: torch.device) -> PreTrainedModel:
 def measure(
     name: str, kind: str, batches: list[Batch], options: Namespace, device: torch.device, failures: list[str]
 ) -> list[dict]:
-    """A row for each way; what could not be measured of it is added to `failures`. Raises Different where the averages
+    """A row for each way; what could not be measured of it is added to `failures`. Raises Wrong where the averages
     disagree."""
     model = load(name, device)
     means = [way(model, batches).mean for way in WAYS.values()]  # also warms both up
     difference = (means[0] - means[1]).abs().max().item()
     if not difference <= TOLERANCE:
-        raise Different(f"{name}, {kind}: averages differ by {difference:.1e}, more than {TOLERANCE:.0e}")
+        raise Wrong(f"{name}, {kind}: averages differ by {difference:.1e}, more than {TOLERANCE:.0e}")
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(options.repeats):
         for way, run in WAYS.items():
@@ -191,8 +184,7 @@ def _in_own_process(
     name: str, kind: str, way: str, options: Namespace, device: torch.device, failures: list[str]
 ) -> int | None:
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(memory_of, name, kind, way, options, device).result()
+        return in_own_process(memory_of, name, kind, way, options, device)
     except RuntimeError as error:  # no memory left, or a process that was killed
         failures.append(f"{name}, {kind}, {way}: peak memory: {' '.join(str(error).split())}")
         return None
@@ -228,11 +220,6 @@ def table(results: dict[str, Any]) -> Table:
             *results.get("failures", []),
         ],
     )
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"benchmarks.collect: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import signal
 import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +22,26 @@ def pick_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
-        raise ValueError(f"--device cuda: no GPU is available ({reason}); use --device cpu")
+        raise ValueError(f"--device cuda: {no_gpu()}; use --device cpu")
     return torch.device(name)
+
+
+def no_gpu() -> str:
+    """Why there is no GPU where torch finds none."""
+    reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
+    return f"no GPU is available ({reason})"
+
+
+def spare_processors() -> int:
+    """How many processes to compute in beside a GPU: two fewer than processors, 14 at most."""
+    return max(1, min(14, (os.cpu_count() or 1) - 2))
+
+
+def start_worker() -> None:
+    """What each of several processes does first: it has one thread, and an interrupt is left to its parent, which ends
+    it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def synchronize(device: torch.device) -> None:

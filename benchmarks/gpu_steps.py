@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .device import ROOT, code_and_date
+from .pages import write_json
 
 LOG, SUMMARY = "log.txt", "summary.json"
 OK, FAILED, OUT_OF_TIME, SKIPPED = "ok", "failed", "out of time", "skipped"
@@ -123,9 +123,7 @@ def write_summary(outcomes: Sequence[Outcome], folder: Path, **facts: Any) -> No
         **code_and_date(),
         "steps": [asdict(outcome) for outcome in outcomes],
     }
-    unfinished = folder / f".{SUMMARY}.unfinished"
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / SUMMARY)
+    write_json(content, folder / SUMMARY)
 
 
 def print_summary(outcomes: Sequence[Outcome]) -> None:

@@ -9,7 +9,6 @@ results lie in one folder: log.txt, summary.json, the tuning table, attention.js
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import sys
 import time
@@ -20,8 +19,9 @@ import torch
 
 from sparse_attn.kernels.configuration import TABLES, table_name
 
+from .device import no_gpu, spare_processors
 from .gpu_steps import OK, SKIPPED, Outcome, Step, print_summary, run_steps, write_summary
-from .options import OneLineParser, chosen, folder_to_write, names, positive
+from .options import OneLineParser, chosen, fail, folder_to_write, names, positive
 from .squad.checkpoints import PACKAGED_MODEL, load_tokenizer
 from .squad.data import choose_questions
 from .squad.options import parse_options as squad_options
@@ -34,7 +34,6 @@ _SHAPE = "bert-base-shape"
 _IGNORED_TESTS = (
     "tests/benchmarks", "tests/kernels/test_compile.py", "tests/cuda/test_compile.py", "tests/test_packaging.py"
 )  # fmt: skip
-_WORKERS = max(1, min(14, (os.cpu_count() or 1) - 2))
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -89,8 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         steps = make_steps(options, device)
         _check_inputs(options)
     except (ValueError, OSError) as error:
-        print(f"benchmarks.gpu_suite: error: {error}", file=sys.stderr)
-        return 2
+        return fail("gpu_suite", error, status=2)
     return _run(steps, options, device, start)
 
 
@@ -115,7 +113,7 @@ def _python(module: str, *arguments: object) -> tuple[str, ...]:
 
 
 def _tests_command() -> tuple[str, ...]:
-    parallel = ("-n", str(_WORKERS), "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
+    parallel = ("-n", str(spare_processors()), "--dist", "loadgroup") if importlib.util.find_spec("xdist") else ()
     ignored = (f"--ignore={path}" for path in _IGNORED_TESTS)
     return (sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=10", *parallel, *ignored, "tests")
 
@@ -193,8 +191,7 @@ def _no_model(model: str | None) -> str:
 def _gpu_name() -> str:
     """Raises ValueError where there is no GPU."""
     if not torch.cuda.is_available():
-        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
-        raise ValueError(f"no GPU is available ({reason}); run this on a machine with one")
+        raise ValueError(f"{no_gpu()}; run this on a machine with one")
     return torch.cuda.get_device_name()
 
 

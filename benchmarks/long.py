@@ -10,22 +10,19 @@ written.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .device import circumstances, pick_device
-from .long_variants import Document, Variant, Wrong, check, forget_layouts, inputs_of, make, variants_on
-from .measure import current_memory, peak_memory
-from .options import DTYPES, OneLineParser, at_least, chosen, file_to_write, kept_share, names, positive
-from .pages import ABSENT, Table, complete_files
+from .long_variants import Document, Variant, check, forget_layouts, inputs_of, make, variants_on
+from .measure import current_memory, in_own_process, peak_memory
+from .options import DTYPES, OneLineParser, at_least, chosen, fail, file_to_write, kept_share, names, positive
+from .pages import ABSENT, Table, write_json
 from .timing import make_timer, percentiles, time_in_turns
+from .verdicts import Wrong
 
 COLUMNS = ("variant", "mask", "bits", "seconds", "tokens/s", "against sdpa", "peak memory")
 
@@ -55,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         known = variants_on(device)
         wanted = chosen("--variants", options.variants, list(dict.fromkeys(one.name for one in known)))
     except ValueError as error:
-        return _fail(error, status=2)
+        return fail("long", error, status=2)
     variants = [one for one in known if one.name in wanted]
     rows, failures = measure(document, variants, options.seconds)
     results: dict[str, Any] = {
@@ -65,29 +62,19 @@ def main(arguments: list[str] | None = None) -> int:
         "failures": failures,
     }
     try:
-        _write(results, options.json)
+        write_json(results, options.json)
         for variant, row in rows.items():
             try:
                 row["peak_memory_bytes"] = _memory(document, variant)
             except RuntimeError as error:  # no memory left, or a process that was killed
                 failures.append(_failure(variant, error, "peak memory: "))
-            _write(results, options.json)
+            write_json(results, options.json)
     except OSError as error:
         table(results).print()
-        return _fail(error, status=1)
+        return fail("long", error, status=1)
     table(results).print()
     print(options.json)
     return int(bool(failures))
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"benchmarks.long: error: {error}", file=sys.stderr)
-    return status
-
-
-def _write(results: dict[str, Any], path: Path) -> None:
-    with complete_files(path.parent) as unfinished:
-        (unfinished / path.name).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _failure(variant: Variant, error: Exception, what: str = "") -> dict[str, str]:
@@ -138,8 +125,7 @@ def _memory(document: Document, variant: Variant) -> int:
     """Peak memory of one pass in bytes, the model included; on a CPU also Python and its libraries."""
     if document.device_type == "cuda":
         return _memory_here(document, variant)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak, document, variant).result()
+    return in_own_process(_peak, document, variant)
 
 
 def _memory_here(document: Document, variant: Variant) -> int:

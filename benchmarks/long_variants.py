@@ -15,16 +15,13 @@ from sparse_attn.bitpacking import PackedMask
 
 from .squad.peers import use_flex
 from .synthetic_masks import synthetic_mask
+from .verdicts import Wrong
 
 _BERT_BASE = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
 _CHECKED_LENGTH = 512
 _LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}  # relative, of one layer's output
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
-
-
-class Wrong(Exception):
-    """A variant that computes something else."""
 
 
 @dataclass(frozen=True)

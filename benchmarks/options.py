@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,12 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.module}: error: {message} (--help lists the options)\n")
+
+
+def fail(module: str, error: Exception | str, status: int) -> int:
+    """Says in one line on stderr why a command ends, and returns its exit status."""
+    print(f"benchmarks.{module}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
 
 
 def at_least(least: int, most: float = float("inf")) -> Callable[[str], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -98,3 +99,9 @@ def complete_files(folder: Path) -> Iterator[Path]:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_json(content: object, path: Path) -> None:
+    """Writes a file that is complete or not there at all."""
+    with complete_files(path.parent) as unfinished:
+        (unfinished / path.name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-import os
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -24,8 +22,8 @@ from sparse_attn.backends import native_cpu, native_cuda
 from sparse_attn.backends.triton import NOT_INSTALLED, TRITON_INSTALLED, interpreting
 
 from . import BEGUN
-from .device import describe_device, pick_device
-from .options import OneLineParser, at_least, positive
+from .device import describe_device, pick_device, spare_processors, start_worker
+from .options import OneLineParser, at_least, fail, positive
 from .random_cases import TARGETS, Target, draw, kind_number
 from .random_compare import Checked, check
 
@@ -65,7 +63,7 @@ def check_in_processes(
     none after `end`, and waits for none after `stop`."""
     kinds = [list(cases) for _, cases in itertools.groupby(numbers, kind_number)]
     check_kind = functools.partial(_check_kind, seed=seed, target=target, device=device, end=end)
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(kinds)), initializer=_start_process) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(kinds)), initializer=start_worker) as pool:
         results = pool.imap_unordered(check_kind, kinds)
         for _ in kinds:
             try:
@@ -81,11 +79,6 @@ def _check_kind(numbers: Sequence[int], seed: int, target: Target, device: torch
     if _broken(device):
         sys.exit("the device computes nothing any more for this process; another one takes its place")
     return list(check_many(numbers, seed, target, device, end))
-
-
-def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
-    torch.set_num_threads(1)
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -113,8 +106,7 @@ def main(arguments: list[str] | None = None, begun: float | None = None) -> int:
     try:
         device = _usable_device(options.backend, options.device)
     except ValueError as error:
-        print(f"benchmarks.random_check: error: {error}", file=sys.stderr)
-        return 2
+        return fail("random_check", error, status=2)
     target = TARGETS[options.backend, device.type]
     numbers = list(range(options.cases)) if options.only is None else [options.only]
     done: list[Checked] = []
@@ -141,7 +133,7 @@ def _checked(
 ) -> Iterator[Checked]:
     processes, seconds = options.processes, 60 * options.minutes
     if processes is None:
-        processes = max(1, min(14, (os.cpu_count() or 1) - 2)) if device.type == "cuda" else 1
+        processes = spare_processors() if device.type == "cuda" else 1
     stop = start + seconds
     end = stop - min(_LAST_CASE_SECONDS, seconds / 8)
     if processes == 1 or len(numbers) == 1:

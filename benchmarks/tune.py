@@ -23,7 +23,8 @@ import torch
 from sparse_attn.backends.triton import NOT_INSTALLED, TRITON_INSTALLED, interpreting
 from sparse_attn.kernels.configuration import TABLES, architecture_of, table_name
 
-from .options import OneLineParser, at_least, file_to_write, names, positive
+from .device import no_gpu, spare_processors
+from .options import OneLineParser, at_least, fail, file_to_write, names, positive
 from .tuning.problems import PROBLEMS, TuningProblem
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
         "--problems", type=names, help="names or patterns like 'forward-*', by commas (default: all, listed below)"
     )
     parser.add_argument(
-        "--processes", type=at_least(1), default=max(1, min(14, (os.cpu_count() or 1) - 2)),
+        "--processes", type=at_least(1), default=spare_processors(),
         help="that compile (default: %(default)s)",
     )  # fmt: skip
     return parser.parse_args(arguments)
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         device, problems = _gpu(), chosen_problems(options.problems)
     except ValueError as error:
-        return _fail(error, status=2)
+        return fail("tune", error, status=2)
     from .tuning.sweep import DeviceBroken  # these import Triton
     from .tuning.table import TableFile, line, print_outcomes
 
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         table = TableFile(path, name, architecture_of(device))
     except (ValueError, OSError) as error:
-        return _fail(error, status=2)
+        return fail("tune", error, status=2)
     outcomes, status, broken = [], 0, None
     try:
         for tuned in _tuned(device, problems, options.processes, end, table):
@@ -96,9 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
                 table.add(tuned)
             _say(f"{len(outcomes)} of {len(problems)}, {end - time.monotonic():.0f} s left. {line(tuned)}")
     except DeviceBroken as error:
-        status, broken = _fail(error, status=1), error
+        status, broken = fail("tune", error, status=1), error
     except RuntimeError as error:  # all compiling processes are lost; what was found is written
-        status = _fail(error, status=1)
+        status = fail("tune", error, status=1)
     print_outcomes(outcomes)
     if broken is not None:
         done = {tuned.tuned for tuned in outcomes}
@@ -156,8 +157,7 @@ def _tuned(
 def _gpu() -> torch.device:
     """Raises ValueError where the kernels cannot be compiled and run on a GPU."""
     if not torch.cuda.is_available():
-        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees none"
-        raise ValueError(f"no GPU is available ({reason}); tune on a machine with the GPU that the table is for")
+        raise ValueError(f"{no_gpu()}; tune on a machine with the GPU that the table is for")
     if not TRITON_INSTALLED:
         raise ValueError(NOT_INSTALLED)
     if interpreting():
@@ -167,11 +167,6 @@ def _gpu() -> torch.device:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"benchmarks.tune: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from sparse_attn.kernels.configuration import (
     use_table,
 )
 
-from .options import OneLineParser, file_to_write
+from .options import OneLineParser, fail, file_to_write
 from .tuning.problems import PROBLEMS, TuningProblem
 
 # A multiprocessor has registers for 12 warps, in the backward pass for 8.
@@ -69,8 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_options(arguments)
     if not torch.cuda.is_available() or not native_cuda.built():
         what = "no GPU is available" if not torch.cuda.is_available() else "the extension has no CUDA kernels"
-        print(f"benchmarks.tune_native: error: {what}", file=sys.stderr)
-        return 2
+        return fail("tune_native", what, status=2)
     from .tuning.bench import Layouts
     from .tuning.sweep import device_measure
     from .tuning.table import TableFile

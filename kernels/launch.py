@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -14,28 +13,11 @@ from torch import Tensor
 from ..dropout import drop_threshold
 from ..layout import STOP_KEYS, order_of
 from ..ops import AttentionCall
+from ..quantization import QuantizationTable
 from ..step_lists import StepLists
 from .backward import grad_key_value_kernel, grad_query_kernel
 from .configuration import KernelConfig
 from .forward import forward_kernel
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """A quantiser as the kernels take it.
-
-    Attributes:
-        count: of levels, 2 ** bits.
-        levels: float32 [count] on the device; None if they are the mid-points of their bins, as published, which are
-            cheaper to compute.
-        log2_threshold: log2 of the smallest probability that is not pruned.
-        step: width of a bin in log2(p).
-    """
-
-    count: int
-    levels: Tensor | None
-    log2_threshold: float
-    step: float
 
 
 def common_constants(
@@ -76,15 +58,7 @@ def common_constants(
     )
 
 
-def rounding_constants(rounding: Rounding | None) -> dict[str, object]:
-    if rounding is None:
-        return dict(LEVELS=0, MID_POINTS=True)
-    return dict(LEVELS=rounding.count, MID_POINTS=rounding.levels is None)
-
-
-def forward(
-    call: AttentionCall, output: Tensor, lse: Tensor, lists: StepLists, config: KernelConfig, rounding: Rounding | None
-) -> None:
+def forward(call: AttentionCall, output: Tensor, lse: Tensor, lists: StepLists, config: KernelConfig) -> None:
     """Writes `output`, whose last dimension is contiguous, and `lse`, unless it is empty. `lists` are for
     `config.rows` queries."""
     sizes = _Sizes.of(call)
@@ -94,41 +68,21 @@ def forward(
     absent = lists.stops
     forward_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, output, lse if lse.numel() else output,
-        *lists.tensors(), _levels(rounding, absent),
+        *lists.tensors(), _levels(call, absent),
         *_optional(call, absent),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, output)[:3], *_row_strides(call, lse),
         tiles.count, tiles.first, tiles.first_group, sizes.heads, tiles.groups, tiles.blocks,
         sizes.query_len, sizes.key_len, call.query_offset,
-        call.scale * math.log2(math.e), rounding.log2_threshold if rounding else 0.0,
-        rounding.step if rounding else 1.0, drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout),
-        **_constants(call, config, lists, tiles), **rounding_constants(rounding),
+        call.scale * math.log2(math.e), *_bins(call.table), *_dropout(call),
+        **_constants(call, config, lists, tiles), **_rounding_constants(call.table),
         HELD=config.held, STORE_LSE=lse.numel() > 0, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def backward(
-    call: AttentionCall,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor],
-    lists: StepLists,
-    transposed: StepLists,
-    query_config: KernelConfig,
-    key_config: KernelConfig,
-    rounding: Rounding | None,
-) -> None:
-    """Writes the gradients of query, key and value, contiguous tensors. `lists` are for `query_config.rows` queries,
-    `transposed` for `key_config.rows` keys."""
-    delta = torch.empty_like(lse)
-    backward_query(call, output, lse, delta, grad_output, gradients[0], lists, query_config, rounding)
-    backward_key_value(call, lse, delta, grad_output, gradients[1:], transposed, key_config, rounding)
-
-
 def backward_query(
     call: AttentionCall, output: Tensor, lse: Tensor, delta: Tensor, grad_output: Tensor, grad_query: Tensor,
-    lists: StepLists, config: KernelConfig, rounding: Rounding | None,
+    lists: StepLists, config: KernelConfig,
 ) -> None:  # fmt: skip
     """Writes the gradient of the query, and `delta`, like lse, which `backward_key_value` reads."""
     sizes = _Sizes.of(call)
@@ -143,15 +97,15 @@ def backward_query(
         *_row_strides(call, lse),
         tiles.count, tiles.first, tiles.first_group, sizes.heads, tiles.groups, tiles.blocks,
         sizes.query_len, sizes.key_len, call.query_offset,
-        call.scale, call.scale * math.log2(math.e), drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout),
-        **_constants(call, config, lists, tiles), ROUNDED=rounding is not None,
+        call.scale, call.scale * math.log2(math.e), *_dropout(call),
+        **_constants(call, config, lists, tiles), ROUNDED=call.table is not None,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def backward_key_value(
     call: AttentionCall, lse: Tensor, delta: Tensor, grad_output: Tensor, gradients: tuple[Tensor, Tensor],
-    transposed: StepLists, config: KernelConfig, rounding: Rounding | None,
+    transposed: StepLists, config: KernelConfig,
 ) -> None:  # fmt: skip
     """Writes the gradients of key and value. `transposed` are the lists of the transposed mask."""
     sizes = _Sizes.of(call)
@@ -161,14 +115,13 @@ def backward_key_value(
     grad_key, grad_value = gradients
     grad_key_value_kernel[(sizes.batch * tiles.count,)](
         call.query, call.key, call.value, grad_output, grad_key, grad_value, lse, delta,
-        *transposed.tensors(), _levels(rounding, transposed.stops), *_optional(call, transposed.stops),
+        *transposed.tensors(), _levels(call, transposed.stops), *_optional(call, transposed.stops),
         *_strides(call, call.query), *_strides(call, call.key), *_strides(call, call.value),
         *_strides(call, grad_output), *_strides(call, grad_key)[:3], *_row_strides(call, lse),
         tiles.count, tiles.first, sizes.heads, tiles.groups, tiles.blocks,
         sizes.query_len, sizes.key_len, call.query_offset,
-        call.scale, call.scale * math.log2(math.e), rounding.log2_threshold if rounding else 0.0,
-        rounding.step if rounding else 1.0, drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout),
-        **_constants(call, config, transposed, tiles), **rounding_constants(rounding),
+        call.scale, call.scale * math.log2(math.e), *_bins(call.table), *_dropout(call),
+        **_constants(call, config, transposed, tiles), **_rounding_constants(call.table),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -224,8 +177,23 @@ def _constants(call: AttentionCall, config: KernelConfig, lists: StepLists, tile
 _same_constants = cache(common_constants)  # a launch takes longer to prepare than a short input to compute
 
 
-def _levels(rounding: Rounding | None, absent: Tensor) -> Tensor:
-    return absent if rounding is None or rounding.levels is None else rounding.levels
+def _rounding_constants(table: QuantizationTable | None) -> dict[str, object]:
+    return dict(LEVELS=len(table.levels) if table else 0, MID_POINTS=table is None or table.mid_points)
+
+
+def _bins(table: QuantizationTable | None) -> tuple[float, float]:
+    """Where the bins begin, in log2(p), and their width."""
+    return (math.log2(table.threshold), table.step) if table else (0.0, 1.0)
+
+
+def _levels(call: AttentionCall, absent: Tensor) -> Tensor:
+    """The levels that come last in `call.layout` where they are not the mid-points of their bins."""
+    return absent if call.table is None or call.table.mid_points else call.layout[-1]
+
+
+def _dropout(call: AttentionCall) -> tuple[int, float]:
+    """What is dropped lies below the first number; what is not is multiplied by the second."""
+    return drop_threshold(call.dropout), 1.0 / (1.0 - call.dropout)
 
 
 def _optional(call: AttentionCall, absent: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends import AUTOMATIC, BACKENDS, automatic, reference
+from .backends import BACKENDS, automatic, reference, usual
 from .layout import SparseLayout
 from .ops import AttentionCall, run
 from .quantization import QuantizationTable, as_table
@@ -155,7 +155,7 @@ def prepare(
         # The first choice may refuse some calls, whose place the usual one takes then; what neither can compute is left
         # to those after them.
         preferred = automatic(layout, head_dim, dtype, table is not None, with_gradients)
-        for name in (preferred[0], _usual(layout.device)[0]):
+        for name in (preferred[0], usual(layout.device)[0]):
             with suppress(ValueError):
                 _layout_arguments(BACKENDS[name], layout, head_dim, dtype, table, with_gradients)
 
@@ -167,7 +167,7 @@ def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) 
     layout = SparseLayout(torch.ones(1, 16, 16, dtype=torch.bool, device=device))
     tensors = [torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)] * 3
     call = _checked_call(*tensors, layout, None, None, None, None, None, None, None, False, 0, 0.0)
-    preferred = _usual(device)
+    preferred = usual(device)
     names = [*preferred, *(name for name in BACKENDS if name not in preferred)]
     return {name: BACKENDS[name].unsupported(call, training=False) for name in names}
 
@@ -221,10 +221,6 @@ def _checked_call(
         dropout=dropout,
         need_lse=False,
     )
-
-
-def _usual(device: torch.device) -> tuple[str, ...]:
-    return AUTOMATIC.get(device.type, AUTOMATIC["cpu"])
 
 
 def _check_backend(backend: str) -> None:

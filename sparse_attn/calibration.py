@@ -8,11 +8,9 @@ the mean of what falls into it is the least-squares choice (Lloyd, "Least square
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from .quantization import QuantizationTable, log_table
+from .quantization import QuantizationTable, level_numbers, log_table, quantize
 
 BINS_PER_OCTAVE = 128
 _OCTAVES = 40
@@ -99,7 +97,7 @@ def renormalised_table(
     """
     histogram = _histogram(probabilities)
     table = table if isinstance(table, QuantizationTable) else log_table(table)
-    rounded = (_rounded(histogram, table) * histogram.counts).sum().item()
+    rounded = (quantize(histogram.means(), table) * histogram.counts).sum().item()
     if rounded <= 0:
         raise ValueError(
             f"all probabilities are below the table's threshold {table.threshold}; expected some above it: lower it"
@@ -111,7 +109,8 @@ def renormalised_table(
 def rounding_error(probabilities: ProbabilityHistogram | torch.Tensor, table: QuantizationTable) -> float:
     """The expected squared error that rounding brings to an attention output; see `calibrated_table`."""
     histogram = _histogram(probabilities)
-    errors = _rounded(histogram, table) - histogram.means()
+    means = histogram.means()
+    errors = quantize(means, table) - means
     of_sums = (errors * histogram.counts).sum() / histogram.rows
     return ((errors.square() * histogram.counts).sum() / histogram.rows + of_sums.square()).item()
 
@@ -127,25 +126,10 @@ def _histogram(probabilities: ProbabilityHistogram | torch.Tensor) -> Probabilit
     return probabilities
 
 
-def _levels(histogram: ProbabilityHistogram, table: QuantizationTable) -> torch.Tensor:
-    """int64 [bins]: the level of `table` that each bin's mean rounds to."""
-    means = histogram.means()
-    position = (torch.log2(means) - math.log2(table.threshold)) / table.step
-    level = 1 + position.floor().clamp(0, len(table.levels) - 2).to(torch.int64)
-    return torch.where(means < table.threshold, 0, level)
-
-
-def _values(table: QuantizationTable) -> torch.Tensor:
-    return torch.tensor(table.levels, dtype=torch.float64, device="cpu")
-
-
-def _rounded(histogram: ProbabilityHistogram, table: QuantizationTable) -> torch.Tensor:
-    return _values(table)[_levels(histogram, table)]
-
-
 def _fitted(histogram: ProbabilityHistogram, table: QuantizationTable) -> QuantizationTable:
-    level = _levels(histogram, table)
-    counts = torch.zeros_like(_values(table)).index_add_(0, level, histogram.counts)
-    sums = torch.zeros_like(counts).index_add_(0, level, histogram.sums)
-    means = torch.where(counts > 0, sums / counts.clamp(min=1), _values(table))
+    level = level_numbers(histogram.means(), table)
+    values = torch.tensor(table.levels, dtype=torch.float64, device="cpu")
+    counts = torch.zeros_like(values).index_add_(0, level, histogram.counts)
+    sums = torch.zeros_like(values).index_add_(0, level, histogram.sums)
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), values)
     return QuantizationTable(table.threshold, (0.0, *means[1:].tolist()))

@@ -70,12 +70,10 @@ _FORWARD: dict[str, Forward] = {}
 _BACKWARD: dict[str, Backward] = {}
 
 
-def register_backend(name: str, forward: Forward, backward: Backward | None = None) -> None:
+def register_backend(name: str, forward: Forward, backward: Backward) -> None:
     """Makes `forward(call) -> (output, lse)` and `backward(call, output, lse, grad_output) -> (grad_query, grad_key,
     grad_value)` what the operator runs for the backend `name`."""
-    _FORWARD[name] = forward
-    if backward is not None:
-        _BACKWARD[name] = backward
+    _FORWARD[name], _BACKWARD[name] = forward, backward
 
 
 # One schema for both operators' common arguments; `levels` and `threshold` are a QuantizationTable, empty = off.
@@ -84,6 +82,9 @@ _ARGUMENTS = (
     "Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, SymInt max_length, Tensor? seed, float scale, "
     "float[] levels, float threshold, bool causal, SymInt query_offset, float dropout, bool need_lse, str backend"
 )
+_KINDS = [argument.rpartition(" ")[0] for argument in _ARGUMENTS.split(", ")]
+_TENSORS = [at for at, kind in enumerate(_KINDS) if kind in ("Tensor", "Tensor?")]
+_LAYOUT, _BACKEND = _KINDS.index("Tensor[]"), len(_KINDS) - 1
 torch.library.define("sparse_attn::attention", f"({_ARGUMENTS}) -> (Tensor output, Tensor lse)")
 torch.library.define(
     "sparse_attn::attention_backward",
@@ -98,13 +99,18 @@ def run(call: AttentionCall, backend: str, training: bool) -> tuple[Tensor, Tens
         _expect_no_tangents(call)
     if not (training or _is_watched(call.query)):
         return _FORWARD[backend](call)
+    return torch.ops.sparse_attn.attention(*operator_arguments(call), backend)
+
+
+def operator_arguments(call: AttentionCall) -> list:
+    """A call as the operator takes it, without the backend's name: `_call` makes it again."""
     table = call.table
-    return torch.ops.sparse_attn.attention(
+    return [
         call.query, call.key, call.value, call.layout, list(call.layout_sizes),
         call.query_lengths, call.key_lengths, call.key_padding, call.cu_seqlens, call.max_length, call.seed,
         call.scale, list(table.levels) if table else [], table.threshold if table else 0.0,
-        call.causal, call.query_offset, call.dropout, call.need_lse, backend,
-    )  # fmt: skip
+        call.causal, call.query_offset, call.dropout, call.need_lse,
+    ]  # fmt: skip
 
 
 def _is_watched(query: Tensor) -> bool:
@@ -139,13 +145,27 @@ def lse_shape(query: Tensor, packed: bool) -> tuple[int, ...]:
     return (query.shape[1], query.shape[0]) if packed else tuple(query.shape[:3])
 
 
-def _call(query, key, value, layout, layout_sizes, query_lengths, key_lengths, key_padding, cu_seqlens, max_length,
-          seed, scale, levels, threshold, causal, query_offset, dropout, need_lse) -> AttentionCall:  # fmt: skip
+def precision(query: Tensor) -> torch.dtype:
+    """What scores are computed in: float32, or float64 for such inputs."""
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def empty_results(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Memory for the output and, where it is wanted, for lse."""
+    shape = lse_shape(call.query, call.packed) if call.need_lse else (0,)
+    return empty_output(call.query, call.packed), call.query.new_empty(shape, dtype=precision(call.query))
+
+
+def empty_gradients(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the gradients of query, key and value."""
+    inputs = (call.query, call.key, call.value)
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs)
+
+
+def _call(*arguments) -> AttentionCall:
+    *first, levels, threshold, causal, query_offset, dropout, need_lse = arguments
     table = _table(threshold, tuple(levels)) if levels else None
-    return AttentionCall(
-        query, key, value, layout, tuple(layout_sizes), query_lengths, key_lengths, key_padding, cu_seqlens, max_length,
-        seed, scale, table, causal, query_offset, dropout, need_lse,
-    )  # fmt: skip
+    return AttentionCall(*first, table, causal, query_offset, dropout, need_lse)
 
 
 _table = lru_cache(maxsize=256)(QuantizationTable)  # the same one for every call
@@ -159,10 +179,7 @@ def _attention(*arguments):
 
 @torch.library.register_fake("sparse_attn::attention")
 def _attention_fake(*arguments):
-    query, cu_seqlens, need_lse = arguments[0], arguments[8], arguments[17]
-    packed = cu_seqlens is not None
-    shape = lse_shape(query, packed) if need_lse else (0,)
-    return empty_output(query, packed), query.new_empty(shape, dtype=_lse_dtype(query))
+    return empty_results(_call(*arguments[:_BACKEND]))
 
 
 @torch.library.impl("sparse_attn::attention_backward", "CompositeExplicitAutograd")
@@ -172,33 +189,23 @@ def _attention_backward(*arguments):
 
 
 @torch.library.register_fake("sparse_attn::attention_backward")
-def _attention_backward_fake(query, key, value, *_):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value))
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-_LAYOUT = 3  # places of tensors among the operator's arguments; the layout is a list of them
-_TENSORS = (0, 1, 2, _LAYOUT, 5, 6, 7, 8, 10)
-_BACKEND = 18  # place of its name, the last of the arguments that both operators have
+def _attention_backward_fake(*arguments):
+    return empty_gradients(_call(*arguments[:_BACKEND]))
 
 
 def _setup_context(ctx, inputs, output):
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.constants = [None if at in _TENSORS else argument for at, argument in enumerate(inputs)]
-    ctx.save_for_backward(out, lse, *(inputs[at] for at in _TENSORS if at != _LAYOUT), *inputs[_LAYOUT])
+    ctx.constants = [None if at in (*_TENSORS, _LAYOUT) else argument for at, argument in enumerate(inputs)]
+    ctx.save_for_backward(out, lse, *(inputs[at] for at in _TENSORS), *inputs[_LAYOUT])
 
 
 def _autograd_backward(ctx, grad_output, _grad_lse):
     out, lse, *tensors = ctx.saved_tensors
     arguments = list(ctx.constants)
-    plain = [at for at in _TENSORS if at != _LAYOUT]
-    for at, tensor in zip(plain, tensors, strict=False):
+    for at, tensor in zip(_TENSORS, tensors, strict=False):
         arguments[at] = tensor
-    arguments[_LAYOUT] = tensors[len(plain) :]
+    arguments[_LAYOUT] = tensors[len(_TENSORS) :]
     if torch.is_grad_enabled() and arguments[_BACKEND] == "reference":  # plain PyTorch, to be differentiated again
         gradients = _BACKWARD["reference"](_call(*arguments[:_BACKEND]), out, lse, grad_output)
     else:

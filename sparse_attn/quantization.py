@@ -97,16 +97,20 @@ def quantize(probabilities: torch.Tensor, table: int | QuantizationTable | None)
     return probabilities if table is None else _StraightThroughRounding.apply(probabilities, table)
 
 
+def level_numbers(probabilities: torch.Tensor, table: QuantizationTable) -> torch.Tensor:
+    """Which level of `table` each of `probabilities` rounds to: int64, the same shape; any for NaN."""
+    wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
+    position = (torch.log2(wide) - math.log2(table.threshold)) / table.step
+    # log2(0) is -inf: clamp before the conversion to integers.
+    level = 1 + position.floor().clamp(0, len(table.levels) - 2).nan_to_num(0.0).to(torch.int64)
+    return torch.where(wide < table.threshold, 0, level)
+
+
 class _StraightThroughRounding(torch.autograd.Function):
     @staticmethod
     def forward(probabilities, table):
         levels = torch.tensor(table.levels, dtype=probabilities.dtype, device=probabilities.device)
-        wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
-        position = (torch.log2(wide) - math.log2(table.threshold)) / table.step
-        # log2(0) is -inf: clamp before the conversion to integers.
-        level = 1 + position.floor().clamp(0, len(table.levels) - 2).nan_to_num(0.0).to(torch.int64)
-        rounded = levels[torch.where(wide < table.threshold, 0, level)]
-        return torch.where(probabilities.isnan(), probabilities, rounded)
+        return torch.where(probabilities.isnan(), probabilities, levels[level_numbers(probabilities, table)])
 
     @staticmethod
     def setup_context(ctx, inputs, output):

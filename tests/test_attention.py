@@ -360,8 +360,8 @@ def test_output_gradients_beyond_32_bit_offsets_are_copied(monkeypatch):
     tensors = [tensor.contiguous() for tensor in random_inputs((1, 2, 20, 32), torch.float32, device)]
     grad_output = torch.randn(1, 2, 20, 64, device=device)[..., ::2]
     expected = gradients(tensors, layout, grad_output, "triton")
-    launched, launch_backward = [], launch.backward
-    monkeypatch.setattr(launch, "backward", lambda *given: launched.append(given) or launch_backward(*given))
+    launched, launch_backward = [], launch.backward_key_value
+    monkeypatch.setattr(launch, "backward_key_value", lambda *given: launched.append(given) or launch_backward(*given))
     for limit in (20 * 64, 20 * 32):  # what a head of grad_output needs, and less
         monkeypatch.setattr(triton, "_MAX_OFFSET", limit)
         own = gradients(tensors, layout, grad_output, "triton")

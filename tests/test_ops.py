@@ -31,12 +31,8 @@ def operator_arguments(backend, device, dtype=torch.float32, bits=None, packed=F
         sparse_attention(*tensors, layout, bits=bits, backend=backend, **arguments)
     finally:
         attention.run = original
-    (call, name), table = captured[0], captured[0][0].table
-    return (
-        call.query, call.key, call.value, call.layout, list(call.layout_sizes), call.query_lengths, call.key_lengths,
-        call.key_padding, call.cu_seqlens, call.max_length, call.seed, call.scale, list(table.levels) if table else [],
-        table.threshold if table else 0.0, call.causal, call.query_offset, call.dropout, call.need_lse, name,
-    )  # fmt: skip
+    call, name = captured[0]
+    return *ops.operator_arguments(call), name
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("reference", "torch", "native", "triton"))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sparse_attn import AttentionAverages, GlobalMask
 
+from ..options import fail
 from . import GRANULARITIES, SPARSITY, mask_file
 
 MODEL, DATA = "all-MiniLM-L6-v2", "XQuAD, English: 1,190 questions of SQuAD v1.1's development set"
@@ -31,13 +32,11 @@ def make(averages: AttentionAverages, granularity: str, path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
-        print("benchmarks.masks.make: error: expected one argument, a file of averages", file=sys.stderr)
-        return 2
+        return fail("masks.make", "expected one argument, a file of averages", status=2)
     try:
         averages = AttentionAverages.load(arguments[0])
     except (OSError, ValueError) as error:
-        print(f"benchmarks.masks.make: error: {error}", file=sys.stderr)
-        return 2
+        return fail("masks.make", error, status=2)
     for granularity in GRANULARITIES:
         path = mask_file(granularity)
         make(averages, granularity, path)

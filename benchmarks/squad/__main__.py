@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..launched import is_first, launched
+from ..options import fail
 from .options import parse_options
 from .results import summary, write_results
 from .rows import Outcome, measure_rows
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _read_and_run(options)
     except KeyboardInterrupt:
-        return _fail("interrupted; --resume goes on from the rows that are printed above", status=130)
+        return fail("squad", "interrupted; --resume goes on from the rows that are printed above", status=130)
 
 
 def _read_and_run(options: Namespace) -> int:
@@ -42,11 +43,11 @@ def _read_and_run(options: Namespace) -> int:
             processes.enter_context(launched(options.device))
             setting = read_setting(options)
         except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-            return _fail(error, status=2)
+            return fail("squad", error, status=2)
         try:
             return _run(setting)
         except OSError as error:
-            return _fail(error, status=1)
+            return fail("squad", error, status=1)
 
 
 def _run(asked: Setting) -> int:
@@ -56,9 +57,8 @@ def _run(asked: Setting) -> int:
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
         if outcomes:  # another seed, for its accuracy
-            options = Namespace(**{**vars(setting.options), "sweep": []})
-            setting = replace(setting, options=options, variants=outcomes[0].measured)
-            print(f"seed {options.seed + len(outcomes)}:")
+            setting = replace(setting.with_options(sweep=[]), variants=outcomes[0].measured)
+            print(f"seed {setting.options.seed + len(outcomes)}:")
         else:
             print_header()
         outcomes.append(measure_rows(setting, models))
@@ -66,7 +66,7 @@ def _run(asked: Setting) -> int:
 
     models, rows = measure_seeds(asked, measure)
     if not rows:
-        return _fail("no row could be measured", status=1)
+        return fail("squad", "no row could be measured", status=1)
     results = summary(asked, models, replace(outcomes[0], rows=rows))
     print_table(results)
     output = asked.options.output
@@ -74,11 +74,6 @@ def _run(asked: Setting) -> int:
         write_results(results, [found.mask for found in models.values() if found.mask is not None], output)
     print(f"{output}: results.json, results.md, results.html and pictures")
     return int(any(one.failed or one.unwritten is not None for one in outcomes))
-
-
-def _fail(error: Exception | str, status: int) -> int:
-    print(f"benchmarks.squad: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

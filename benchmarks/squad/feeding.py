@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sparse_attn.squad.windows import Window, WindowTensors
 
-from ..attention_variants import Absent
+from ..verdicts import Absent
 from .peers import FLEX_BLOCK
 
 Feed = Callable[[list[int]], dict]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from itertools import takewhile
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,11 +14,10 @@ from ..pages import ABSENT
 from .html_charts import row_charts, row_details, row_labels, sweep_charts, sweep_key
 from .html_parts import bullets, details, fact_list, figures, section, table, table_of_markup, table_row
 from .mask_pictures import mask_section
-from .table import COLUMNS, PUBLISHED_LABEL, cells, is_own, measured_lines, with_speedups
+from .table import COLUMNS, PUBLISHED_LABEL, cells, is_own, measured_facts, shown_columns, with_speedups
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _IN_THE_HEADING = ("variant", "mask", "bits")  # columns that each row's heading shows, which stays in sight
-_ALWAYS = ("EM", "F1")
 _PICTURE_BYTES = 900_000
 _ACCURACY = "EM and F1: exact match and F1 of SQuAD v1.1, in percent"
 
@@ -63,11 +61,7 @@ def _table_section(results: dict[str, Any]) -> str:
 def _rows_table(caption: str, rows: Sequence[dict[str, Any]]) -> str:
     """The columns of the terminal's table that any row has something for."""
     lines = [cells(row) for row in rows]
-    shown = [
-        index
-        for index, column in enumerate(COLUMNS)
-        if column in _ALWAYS or (column not in _IN_THE_HEADING and any(line[index] != ABSENT for line in lines))
-    ]
+    shown = [index for index in shown_columns(rows) if COLUMNS[index] not in _IN_THE_HEADING]
     body = [
         table_row(row["variant"], *(line[index] for index in shown), under=under, style="own" if is_own(row) else "")
         for row, line, under in zip(rows, lines, row_details(rows))
@@ -99,13 +93,12 @@ def _absent_section(results: dict[str, Any]) -> str:
 
 
 def _measured_section(results: dict[str, Any]) -> str:
-    facts = [line.removeprefix("- ") for line in takewhile(bool, measured_lines(results))]
     preparation = [(step.replace("_", " "), _plain(value, ".2f")) for step, value in results["seconds"].items()]
     arguments = [(f"--{name.replace('_', '-')}", _plain(value)) for name, value in results["arguments"].items()]
     versions = {name: version or ABSENT for name, version in results["versions"].items()}
     return section(
         "How it was measured",
-        bullets(facts),
+        bullets(measured_facts(results)),
         table("Preparation, apart from the rows.", ["step", "seconds"], preparation) if preparation else "",
         details("Versions", fact_list(versions)),
         details("Arguments", table("Arguments of the run.", ["argument", "value"], arguments, "words")),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -58,17 +57,17 @@ class Models:
         return renormalised_table(self.probabilities, fitted)
 
 
-def make_models(setting: Setting) -> Models:
-    """Fine-tunes, collects averages, prunes, recovers accuracy and counts probabilities, as far as asked for."""
-    return make_models_for_seed(setting, setting.options.seed)
+def make_models(setting: Setting, seed: int | None = None) -> Models:
+    """Fine-tunes, collects averages, prunes, recovers accuracy and counts probabilities, as far as asked for.
 
-
-def make_models_for_seed(setting: Setting, seed: int) -> Models:
-    """`make_models` with another seed for new heads, the order of batches and dropout; `setting` keeps its model."""
+    `seed`, by default that of the options, is of new heads, the order of batches and dropout; `setting` keeps its
+    model.
+    """
+    seed = setting.options.seed if seed is None else seed
     given = Checkpoint(setting.model_source, setting.model_name)
     models = Models(given, given, table_kind=setting.options.table)
     model = _given_model(setting, seed)
-    setting = replace(setting, model=model, options=Namespace(**{**vars(setting.options), "seed": seed}))
+    setting = replace(setting.with_options(seed=seed), model=model)
     options = setting.options
     if setting.head_windows is not None:
         with _timed(models.seconds, "finetuning_dense"):
@@ -78,8 +77,7 @@ def make_models_for_seed(setting: Setting, seed: int) -> Models:
         models.sparse = models.dense
     if not setting.masked:
         return models
-    granularity = options.granularity if isinstance(options.granularity, str | None) else options.granularity[0]
-    models.mask = make_mask(setting, granularity, options.sparsity, models.seconds)
+    models.mask = make_mask(setting, setting.granularities[0], options.sparsity, models.seconds)
     sparse = setting.model
     if recover_kind(options) != "none":
         with _timed(models.seconds, "recovery"):

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 from sparse_attn import GlobalMask
 from sparse_attn.integrations.models import encoder_of, set_attention_implementation
 
-from ..attention_variants import Absent
+from ..verdicts import Absent
 
 PACKED, FLEX = "squad_packed", "squad_flex"
 FLEX_BLOCK = 128  # tokens of a BlockMask's square blocks

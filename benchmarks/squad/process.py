@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from ..attention_variants import Absent
 from ..device import ROOT
+from ..verdicts import Absent
 from .worker import Job, Measured
 
 _OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # not a worker's

@@ -20,8 +20,8 @@ from sparse_attn.distributed import rank_and_world
 from sparse_attn.squad.answers import best_answers
 from sparse_attn.squad.metrics import exact_match_and_f1
 
-from ..attention_variants import Absent
 from ..launched import first_of, is_first, of_all
+from ..verdicts import Absent
 from .checkpoints import Checkpoint, input_names
 from .feeding import windows_of, write_inputs
 from .keys import Keys

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-from .models import Models, make_models_for_seed
+from .models import Models, make_models
 from .setting import Setting
 
 ACCURACIES = ("em", "f1")
@@ -33,7 +31,7 @@ def measure_seeds(
     first = _models(setting, options.seed)
     setting.model = None
     rows_per_seed = [measure(setting, first)]
-    quick = replace(setting, options=Namespace(**{**vars(options), "repeats": 1}))
+    quick = setting.with_options(repeats=1)
     for seed in range(options.seed + 1, options.seed + options.seeds):
         rows_per_seed.append(measure(quick, _models(setting, seed)))
     return first, spread(rows_per_seed)
@@ -50,7 +48,7 @@ def spread(rows_per_seed: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def _models(setting: Setting, seed: int) -> ModelsByGranularity:
-    return {one: make_models_for_seed(setting.with_granularity(one), seed) for one in setting.granularities}
+    return {one: make_models(setting.with_granularity(one), seed) for one in setting.granularities}
 
 
 def _name(row: Row) -> tuple:

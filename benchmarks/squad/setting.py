@@ -100,7 +100,11 @@ class Setting:
 
     def with_granularity(self, granularity: str | None) -> Setting:
         """The same with one granularity; averages are shared."""
-        return replace(self, options=Namespace(**{**vars(self.options), "granularity": granularity}))
+        return replace(self, granularities=[granularity])
+
+    def with_options(self, **changed: object) -> Setting:
+        """The same with other options."""
+        return replace(self, options=Namespace(**{**vars(self.options), **changed}))
 
 
 def read_setting(options: Namespace) -> Setting:

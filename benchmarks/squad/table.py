@@ -127,7 +127,7 @@ def print_table(results: dict[str, Any]) -> None:
         table = Table(title=title, title_justify="left", caption_justify="left")
         if rows[-1] in published:
             table.caption = " ".join([f"The last two rows: {PUBLISHED_LABEL}.", *_notes(results)])
-        shown = _shown(rows)
+        shown = shown_columns(rows)
         for index in shown:
             table.add_column(COLUMNS[index], justify="left" if index == 0 else "right", no_wrap=True)
         for row in rows:
@@ -139,7 +139,7 @@ def print_table(results: dict[str, Any]) -> None:
         print(line)
 
 
-def _shown(rows: Sequence[dict[str, Any]]) -> list[int]:
+def shown_columns(rows: Sequence[dict[str, Any]]) -> list[int]:
     """The columns that any row has something for; EM and F1 always."""
     found = [cells(row) for row in rows]
     always = ("EM", "F1")
@@ -170,22 +170,25 @@ def published_lines() -> list[str]:
 
 def measured_lines(results: dict[str, Any]) -> list[str]:
     """What was measured, where and how, in Markdown."""
+    unmeasured = [f"- {line}" for line in _unmeasured(results)]
+    facts = [f"- {fact}" for fact in measured_facts(results)]
+    return [*facts, "", *_lines(results["rows"]), "", *([*unmeasured, ""] if unmeasured else [])]
+
+
+def measured_facts(results: dict[str, Any]) -> list[str]:
+    """What the rows were measured on, where and how."""
     data, arguments = results["data"], results["arguments"]
     return [
-        f"- Device: {results['device']}; commit {results['commit'] or 'unknown'}; {results['date']}",
-        f"- Model: {results['model']}; data: {data['name']}, {data['questions']} questions in "
+        f"Device: {results['device']}; commit {results['commit'] or 'unknown'}; {results['date']}",
+        f"Model: {results['model']}; data: {data['name']}, {data['questions']} questions in "
         f"{data['windows']} windows of {data['tokens']:,} tokens",
-        f"- Command: `{command_line(arguments)}`",
-        f"- {arguments['dtype']}, {_batches(arguments)}, sorted by length",
-        f"- Seconds: the model's pass over all windows, median of {arguments['repeats']} after one to warm up",
+        f"Command: `{command_line(arguments)}`",
+        f"{arguments['dtype']}, {_batches(arguments)}, sorted by length",
+        f"Seconds: the model's pass over all windows, median of {arguments['repeats']} after one to warm up",
         *_apart(results),
-        f"- Peak memory: {results['peak_memory']}",
-        f"- Averages from: {results['averages_from']}",
-        *(f"- {note}" for note in _notes(results)),
-        "",
-        *_lines(results["rows"]),
-        "",
-        *([*(f"- {line}" for line in _unmeasured(results)), ""] if _unmeasured(results) else []),
+        f"Peak memory: {results['peak_memory']}",
+        f"Averages from: {results['averages_from']}",
+        *_notes(results),
     ]
 
 
@@ -196,7 +199,7 @@ def _apart(results: dict[str, Any]) -> list[str]:
     if tokenisation is None or not decoding:
         return []
     answers = statistics.median(decoding)
-    return [f"- Apart from them: {tokenisation:.2f} s to cut texts into tokens, {answers:.2f} s to find the answers"]
+    return [f"Apart from them: {tokenisation:.2f} s to cut texts into tokens, {answers:.2f} s to find the answers"]
 
 
 def _batches(arguments: dict[str, Any]) -> str:
@@ -252,5 +255,5 @@ def _notes(results: dict[str, Any]) -> list[str]:
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    shown = _shown(rows)
+    shown = shown_columns(rows)
     return table_lines([COLUMNS[index] for index in shown], [[cells(row)[index] for index in shown] for row in rows])

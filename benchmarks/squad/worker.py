@@ -24,8 +24,8 @@ from sparse_attn.integrations.models import encoder_of
 from sparse_attn.integrations.packing import Packing
 from sparse_attn.progress import progress
 
-from ..attention_variants import Absent
 from ..measure import current_memory, peak_memory, timed_passes
+from ..verdicts import Absent
 from .feeding import Feed, Inputs, blocks_feed, packed_feed, padded_feed
 from .peers import use_flash, use_flex, use_packed
 from .shapes import SHAPES, build_shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +15,9 @@ from sparse_attn.backends import native_cuda
 from sparse_attn.kernels import launch
 from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, default_table
 from sparse_attn.ops import AttentionCall, empty_output
-from sparse_attn.quantization import log_table
+from sparse_attn.quantization import as_table
 
+from ..verdicts import Wrong
 from .candidates import ListFacts
 from .problems import TuningProblem
 
@@ -28,10 +28,6 @@ _CANDIDATE_LIMIT = {2: 5e-3, 4: 1e-4}
 
 
 Arguments = Callable[[SparseLayout], tuple[list[Tensor], tuple[int, ...]]]  # lists, and what else a backend wants
-
-
-class WrongResult(Exception):
-    """A configuration that does not compute attention."""
 
 
 class Layouts:
@@ -96,12 +92,8 @@ class Bench:
         self._call = AttentionCall(
             query=self._query, key=self._key, value=self._value, layout=[], layout_sizes=(), query_lengths=None,
             key_lengths=None, key_padding=None, cu_seqlens=None, max_length=0, seed=None, scale=tuned.head_dim**-0.5,
-            table=None, causal=False, query_offset=0, dropout=0.0, need_lse=False,
+            table=as_table(tuned.bits), causal=False, query_offset=0, dropout=0.0, need_lse=False,
         )  # fmt: skip
-        self._rounding = None
-        if tuned.bits is not None:
-            table = log_table(tuned.bits)
-            self._rounding = launch.Rounding(len(table.levels), None, math.log2(table.threshold), table.step)
         self._layers = [_empty_layer(layout, self._query) for layout in layouts]
         self._expected: list[list[Tensor]] = []
         work_64, work_16 = (sum(layout.work(rows) for layout in layouts) for rows in (64, 16))
@@ -133,7 +125,7 @@ class Bench:
     def prepare(self) -> None:
         """Runs the default configuration, whose results candidates are compared with.
 
-        Raises WrongResult where they differ from those of another backend.
+        Raises Wrong where they differ from those of another backend.
         """
         self.launch_defaults()
         self._expected = [[tensor.clone() for tensor in self._results(layer)] for layer in self._layers]
@@ -142,7 +134,7 @@ class Bench:
                 compare(own, other, _DEFAULT_LIMIT[self.tuned.dtype.itemsize], "another backend's result")
 
     def check(self, config: KernelConfig) -> None:
-        """Raises WrongResult where a configuration computes something else than the default one, or not everything."""
+        """Raises Wrong where a configuration computes something else than the default one, or not everything."""
         for layer in self._layers:
             for tensor in self._results(layer):
                 tensor.fill_(float("nan"))
@@ -150,7 +142,7 @@ class Bench:
         self.compare()
 
     def compare(self) -> None:
-        """Raises WrongResult where what was computed last is not what the default configuration computes."""
+        """Raises Wrong where what was computed last is not what the default configuration computes."""
         for layer, expected in zip(self._layers, self._expected, strict=True):
             for own, other in zip(self._results(layer), expected, strict=True):
                 compare(own, other, _CANDIDATE_LIMIT[self.tuned.dtype.itemsize], "the default configuration's")
@@ -163,8 +155,7 @@ class Bench:
         calls = []
         for layer in self._layers:
             lists, sizes = native_cuda.configured_arguments(layer.layout, self.tuned.head_dim, self.tuned.dtype, config)
-            table = log_table(self.tuned.bits) if self.tuned.bits is not None else None
-            calls.append(replace(self._call, layout=lists, layout_sizes=sizes, table=table))
+            calls.append(replace(self._call, layout=lists, layout_sizes=sizes))
         return lambda: [native_cuda.forward(call)[0] for call in calls]
 
     def training_caller(self, backend: ModuleType, arguments: Arguments) -> Callable[[], list[Tensor]]:
@@ -179,7 +170,7 @@ class Bench:
         ]
 
     def compare_outputs(self, outputs: Sequence[Tensor], limit: float) -> None:
-        """Raises WrongResult where outputs of the forward pass are not those of the default configuration."""
+        """Raises Wrong where outputs of the forward pass are not those of the default configuration."""
         for own, (other,) in zip(outputs, self._expected, strict=True):
             compare(own, other, limit, "the Triton kernel's")
 
@@ -200,19 +191,17 @@ class Bench:
         return default_table().nearest(self._problem(kernel, self.problem.spread, self.problem.key_len))
 
     def _launch(self, kernel: str, config: KernelConfig, layer: _Layer, store_lse: bool = False) -> None:
-        call, rounding = self._call, self._rounding
+        call = self._call
         lists = layer.layout.step_lists(config.rows, transposed=kernel == "grad_key_value", split=config.split)
         if kernel == "forward":
-            launch.forward(call, layer.output, layer.lse if store_lse else layer.lse[:0], lists, config, rounding)
+            launch.forward(call, layer.output, layer.lse if store_lse else layer.lse[:0], lists, config)
         elif kernel == "grad_query":
             launch.backward_query(
-                call, layer.output, layer.lse, layer.delta, self._grad_output, layer.grad_query, lists, config, rounding
+                call, layer.output, layer.lse, layer.delta, self._grad_output, layer.grad_query, lists, config
             )
         else:
             gradients = (layer.grad_key, layer.grad_value)
-            launch.backward_key_value(
-                call, layer.lse, layer.delta, self._grad_output, gradients, lists, config, rounding
-            )
+            launch.backward_key_value(call, layer.lse, layer.delta, self._grad_output, gradients, lists, config)
 
     def _results(self, layer: _Layer) -> tuple[Tensor, ...]:
         """What the kernel writes."""
@@ -241,7 +230,7 @@ def _empty_layer(layout: SparseLayout, query: Tensor) -> _Layer:
 
 
 def compare(own: Tensor, other: Tensor, limit: float, name: str) -> None:
-    """Raises WrongResult where two results differ by more than `limit`, relative to the norm of the other one."""
+    """Raises Wrong where two results differ by more than `limit`, relative to the norm of the other one."""
     error = (torch.linalg.vector_norm(own.float() - other) / torch.linalg.vector_norm(other.float())).item()
     if not error <= limit:  # NaN is not
-        raise WrongResult(f"relative difference {error:.1e} to {name}, at most {limit:.0e} expected")
+        raise Wrong(f"relative difference {error:.1e} to {name}, at most {limit:.0e} expected")

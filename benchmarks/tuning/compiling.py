@@ -8,17 +8,16 @@ measures reads a finished program.
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import AsyncResult
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from sparse_attn.kernels import launch
+
+from ..device import start_worker
 
 _KERNELS = ("forward_kernel", "grad_query_kernel", "grad_key_value_kernel")
 _REASON_LENGTH = 200
@@ -26,36 +25,6 @@ _LONGEST_SECONDS = 90.0  # then a compilation counts as failed, or its process a
 
 # A launch: the kernel's name; its arguments, with the dtype in place of a tensor; its compile-time arguments.
 Launch = tuple[str, tuple, tuple]
-
-
-class Compiler(Protocol):
-    """Compiles launches ahead, in some processes."""
-
-    processes: int
-
-    def request(self, launches: Sequence[Launch]) -> None:
-        """Says which launches will be wanted, most urgent first. What was asked for before may be dropped."""
-
-    def outcome(self, launched: Launch) -> str | None:
-        """ "" for a launch that is compiled, why it cannot be for another, None for one that is not ready."""
-
-    def wait(self, seconds: float) -> None:
-        """Waits for outcomes, at most this long."""
-
-
-class NoCompiler:
-    """Leaves compiling to the first run: in Triton's interpreter there is nothing to compile."""
-
-    processes = 1
-
-    def request(self, launches: Sequence[Launch]) -> None:
-        pass
-
-    def outcome(self, launched: Launch) -> str | None:
-        return ""
-
-    def wait(self, seconds: float) -> None:
-        time.sleep(seconds)
 
 
 def recorded(run: Callable[[], None]) -> list[Launch]:
@@ -110,7 +79,7 @@ class CompilePool:
 
     def __init__(self, processes: int):
         self.processes = processes
-        self._pool = multiprocessing.get_context("spawn").Pool(processes, initializer=_start_process)
+        self._pool = multiprocessing.get_context("spawn").Pool(processes, initializer=start_worker)
         self._running: dict[Launch, tuple[AsyncResult, float]] = {}
         self._outcomes: dict[Launch, str] = {}
 
@@ -129,6 +98,7 @@ class CompilePool:
             raise RuntimeError(f"no process that compiles kernels has started within {seconds:g} s") from None
 
     def request(self, launches: Sequence[Launch]) -> None:
+        """Says which launches will be wanted, most urgent first. What was asked for before may be dropped."""
         self._collect()
         for launched in launches:
             if len(self._running) >= 2 * self.processes:  # more would delay what becomes urgent later
@@ -137,10 +107,11 @@ class CompilePool:
                 self._running[launched] = (self._pool.apply_async(compile_launch, (launched,)), time.monotonic())
 
     def outcome(self, launched: Launch) -> str | None:
+        """ "" for a launch that is compiled, why it cannot be for another, None for one that is not ready."""
         return self._outcomes.get(launched)
 
     def wait(self, seconds: float) -> None:
-        """Until something is compiled."""
+        """Waits for outcomes, at most this long."""
         end = time.monotonic() + seconds
         while not self._collect() and time.monotonic() < end:
             time.sleep(0.01)
@@ -157,11 +128,6 @@ class CompilePool:
             del self._running[launched]
         self._outcomes.update(done)
         return bool(done)
-
-
-def _start_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
-    torch.set_num_threads(1)
 
 
 def _nothing() -> None:

@@ -12,9 +12,10 @@ import torch
 from sparse_attn.kernels.configuration import KernelConfig, Problem
 
 from ..timing import DeviceTimer, Timer, percentiles, time_in_turns
-from .bench import Bench, WrongResult
+from ..verdicts import Wrong
+from .bench import Bench
 from .candidates import grid, neighbours, refusal
-from .compiling import Compiler, Launch, reason_of, recorded
+from .compiling import CompilePool, Launch, reason_of, recorded
 from .problems import TuningProblem
 from .search import GRID_MOST, LIKE_MOST, Found, Search
 
@@ -102,7 +103,7 @@ class Sweep:
     def __init__(
         self,
         make_bench: Callable[[TuningProblem], Bench],
-        compiler: Compiler,
+        compiler: CompilePool,
         measure: Measure,
         shared_limit: int,
         first: Sequence[KernelConfig] | None = None,
@@ -196,7 +197,7 @@ class Sweep:
             search.record(config, milliseconds)
         except Exception as error:  # of the compiler, the driver or a comparison: the next candidate may do better
             _raise_if_broken(bench.tuned, bench.problem, config, error)
-            reason = reason or (f"wrong: {error}" if isinstance(error, WrongResult) else reason_of(error))
+            reason = reason or (f"wrong: {error}" if isinstance(error, Wrong) else reason_of(error))
             if config is not None:
                 search.fail(config, reason)
             else:

@@ -30,7 +30,7 @@ struct Rows {
 struct FragmentLists {
   const uint32_t* words;       // [steps, 32 lanes]
   const int32_t* first_steps;  // [heads * groups]
-  const int32_t* counts;       // [heads * groups, blocks + 1], keys of a list below 32, 64, ...
+  const int32_t* counts;       // [heads * groups, blocks + 1], keys of a list below 0, 32, 64, ...
   const uint8_t* order;        // [heads, MAX_GROUPS], groups of a head, the longest list first
   const uint16_t* places;      // [heads, places_of_head], where a key's row begins, in the order of copying
   int32_t groups, blocks, keys, places_of_head;

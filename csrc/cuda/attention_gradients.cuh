@@ -27,11 +27,6 @@ struct GradientCall : AttentionCall {
   float scale;
 };
 
-// How many floats after `call.lse`'s start the head's first query has its own.
-SPARSE_ATTN_DEVICE int64_t first_lse(const AttentionCall& call, const Place& place) {
-  return place.sequence * call.lse_batch + place.head * call.lse_head + place.first_token;
-}
-
 // What one warp does in both kernels.
 template <int HEAD_DIM>
 class GradientWarp {

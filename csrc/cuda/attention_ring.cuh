@@ -329,8 +329,7 @@ class Ring {
       set_pointer(slot, QUERIES, first_row_of(call.query, place));
       set_pointer(slot, OUTPUTS, first_row_of(call.output, place));
       if (call.lse) {
-        set_pointer(
-            slot, LSES, call.lse + place.sequence * call.lse_batch + place.head * call.lse_head + place.first_token);
+        set_pointer(slot, LSES, call.lse + first_lse(call, place));
       }
       set(slot, ROWS_END, place.rows_end);
       set(slot, ROWS_STORED, place.rows_stored);

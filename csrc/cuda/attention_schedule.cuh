@@ -18,6 +18,11 @@ SPARSE_ATTN_DEVICE char* first_row_of(const Rows& rows, const Place& place) {
          static_cast<int64_t>(place.first_token) * rows.row;
 }
 
+// How many floats after `call.lse`'s start an item's first query has its own.
+SPARSE_ATTN_DEVICE int64_t first_lse(const AttentionCall& call, const Place& place) {
+  return place.sequence * call.lse_batch + place.head * call.lse_head + place.first_token;
+}
+
 // A row of a head, from the first one on.
 SPARSE_ATTN_DEVICE char* row_of(char* first, const Rows& rows, int row) {
   return first + static_cast<uint64_t>(static_cast<uint32_t>(row)) * rows.row;

@@ -12,6 +12,7 @@ and has registered its forward (and backward) with `sparse_attn.ops`.
 
 from types import ModuleType
 
+from torch import device as Device
 from torch import dtype as Dtype
 
 from ..layout import SparseLayout
@@ -20,10 +21,12 @@ from . import native, reference, torch, triton
 BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (triton, native, torch, reference)}
 
 # What backend="auto" tries, fastest first. On a CPU, Triton's interpreter runs only when asked for by name.
-AUTOMATIC: dict[str, tuple[str, ...]] = {
-    "cuda": ("triton", "native", "torch", "reference"),
-    "cpu": ("native", "torch", "reference"),
-}
+_ON_GPU, _ELSEWHERE = ("triton", "native", "torch", "reference"), ("native", "torch", "reference")
+
+
+def usual(device: Device) -> tuple[str, ...]:
+    """What backend="auto" tries on a device where nothing was measured."""
+    return _ON_GPU if device.type == "cuda" else _ELSEWHERE
 
 
 def automatic(layout: SparseLayout, head_dim: int, dtype: Dtype, rounded: bool, training: bool) -> tuple[str, ...]:
@@ -31,7 +34,7 @@ def automatic(layout: SparseLayout, head_dim: int, dtype: Dtype, rounded: bool, 
     where its tuning table says that it was faster."""
     kind = (head_dim, dtype, rounded, training)
     if kind not in layout.automatic:
-        names = AUTOMATIC.get(layout.device.type, AUTOMATIC["cpu"])
+        names = usual(layout.device)
         if native.known_to_be_faster(layout, *kind):
             names = (native.NAME, *(name for name in names if name != native.NAME))
         layout.automatic[kind] = names

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import extension
 from ..dropout import drop_threshold
 from ..layout import SparseLayout
-from ..ops import AttentionCall, empty_output, lse_shape
+from ..ops import AttentionCall, empty_gradients, empty_results
 from ..quantization import QuantizationTable
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,8 +60,7 @@ def layout_arguments(
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    output = empty_output(call.query, call.packed)
-    lse = call.query.new_empty(lse_shape(call.query, call.packed) if call.need_lse else (0,), dtype=torch.float32)
+    output, lse = empty_results(call)
     torch.ops.sparse_attn.native_attention(
         call.query, call.key, call.value, *call.layout[:3], bool(call.layout_sizes[0]), *_arguments(call), output, lse
     )
@@ -69,9 +68,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (call.query, call.key, call.value)
-    )
+    gradients = empty_gradients(call)
     lists = (*call.layout[:3], bool(call.layout_sizes[0]), *call.layout[3:], bool(call.layout_sizes[1]))
     torch.ops.sparse_attn.native_attention_backward(
         call.query, call.key, call.value, *lists, *_arguments(call), lse, grad_output, torch.empty_like(lse), *gradients

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import extension
 from ..kernels.configuration import BlockConfig, Problem, choose_native
 from ..layout import SparseLayout
-from ..ops import AttentionCall, empty_output, lse_shape
+from ..ops import AttentionCall, empty_gradients, empty_results
 from ..quantization import QuantizationTable
 from .fragment_lists import GROUP_ROWS, MAX_LENGTH, MAX_ORDERED_HEADS, FragmentLists, fragment_lists
 from .tickets import ticket_of
@@ -172,8 +172,7 @@ class _Lists:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    output = empty_output(call.query, call.packed)
-    lse = call.query.new_empty(lse_shape(call.query, call.packed) if call.need_lse else (0,), dtype=torch.float32)
+    output, lse = empty_results(call)
     lists, table = _Lists(call, 0), call.table
     torch.ops.sparse_attn.native_attention_cuda(
         _aligned(call.query), _aligned(call.key), _aligned(call.value), *lists.arguments, call.query_lengths,
@@ -188,7 +187,7 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
     if not _rows_are_aligned(grad_output) or _row_bytes(grad_output, call.packed) >= _MAX_ROW_STRIDE:
         grad_output = grad_output.contiguous()
     grad_output = _aligned(grad_output)
-    gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
+    gradients = empty_gradients(call)
     statistics = lse.new_empty((*lse.shape, 2))  # what the second kernel wants to know of queries
     of_queries, of_keys = call.query_lengths, call.key_lengths
 
@@ -201,7 +200,7 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
 
     compute(1, (query, key, value), (of_queries, of_keys), grad_output, output, gradients[0], None)
     compute(2, (key, query, grad_output), (of_keys, of_queries), value, None, *gradients[1:])
-    return tuple(gradients)
+    return gradients
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dropout import dropout_keep
 from ..layout import SparseLayout
-from ..ops import AttentionCall, empty_output, lse_shape, register_backend
+from ..ops import AttentionCall, empty_output, lse_shape, precision, register_backend
 from ..quantization import QuantizationTable, quantize
 
 NAME = "reference"
@@ -46,7 +46,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
         output = empty_output(call.query, packed=False).copy_(result.output)
         return output, result.lse if call.need_lse else result.lse.new_empty(0)
     outputs = empty_output(call.query, packed=True)
-    lse = call.query.new_empty(lse_shape(call.query, packed=True), dtype=_precision(call.query))
+    lse = call.query.new_empty(lse_shape(call.query, packed=True), dtype=precision(call.query))
     for start, end, sequence, row_numbers in sequences(call):
         result = attend(sequence, row_numbers)
         outputs[start:end] = result.output[0].transpose(0, 1)
@@ -80,7 +80,7 @@ class Attended(NamedTuple):
 
 def attend(call: AttentionCall, row_numbers: Tensor) -> Attended:
     """Attention of a padded call; `row_numbers` int64 [batch, heads, query_len] are the rows' dropout counters."""
-    dtype = _precision(call.query)
+    dtype = precision(call.query)
     scores = (call.query.to(dtype) @ call.key.to(dtype).transpose(-1, -2)) * call.scale
     scores = scores.masked_fill(~kept_positions(call), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
@@ -132,7 +132,7 @@ def sequences(call: AttentionCall) -> Iterator[tuple[int, int, AttentionCall, Te
 
 
 def _gradients(call: AttentionCall, row_numbers: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _precision(call.query)
+    dtype = precision(call.query)
     query, key, value, grad_output = (t.to(dtype) for t in (call.query, call.key, call.value, grad_output))
     attended = attend(call, row_numbers)
     grad_value = attended.used.transpose(-1, -2) @ grad_output
@@ -142,10 +142,6 @@ def _gradients(call: AttentionCall, row_numbers: Tensor, grad_output: Tensor) ->
     grad_scores = attended.softmax * (grad_softmax - row_term) * call.scale
     gradients = (grad_scores @ key, grad_scores.transpose(-1, -2) @ query, grad_value)
     return tuple(gradient.to(call.query.dtype).contiguous() for gradient in gradients)
-
-
-def _precision(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 register_backend(NAME, forward, backward)

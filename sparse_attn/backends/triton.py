@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,18 +13,16 @@ from torch import Tensor
 from .. import extension
 from ..kernels.configuration import KERNELS, MAX_HEAD_DIM, KernelConfig, Problem, choose
 from ..layout import SparseLayout
-from ..ops import AttentionCall, empty_output, lse_shape, register_backend
+from ..ops import AttentionCall, empty_gradients, empty_results, register_backend
 from ..quantization import QuantizationTable
 from ..step_lists import StepLists
-
-if TYPE_CHECKING:  # imports Triton
-    from ..kernels.launch import Rounding
 
 NAME = "triton"
 BACKWARD_USES_LSE = True
 NOT_INSTALLED = f"Triton is not installed; {extension.how_to_install('gpu')}"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TENSORS, _SIZES = len(fields(StepLists)) - 1, 1 + len(fields(KernelConfig))  # of a kernel, see `configured_arguments`
 _MAX_OFFSET = 2**31 - 1  # offsets within one head are 32-bit
 
 
@@ -105,11 +101,9 @@ def configured_arguments(layout: SparseLayout, configs: list[KernelConfig]) -> t
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     from ..kernels import launch
 
-    output = empty_output(call.query, call.packed)
-    lse_size = lse_shape(call.query, call.packed) if call.need_lse else (0,)
-    lse = torch.empty(lse_size, dtype=torch.float32, device=call.query.device)
+    output, lse = empty_results(call)
     with _current(call.query.device):
-        launch.forward(call, output, lse, *_kernel_arguments(call, "forward"), _rounding(call))
+        launch.forward(call, output, lse, *_kernel_arguments(call, "forward"))
     return output, lse
 
 
@@ -118,15 +112,12 @@ def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tens
 
     if _head_span(grad_output, call.packed) > _MAX_OFFSET:
         grad_output = grad_output.contiguous()
-    gradients = tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (call.query, call.key, call.value)
-    )
-    lists, query_config = _kernel_arguments(call, "grad_query")
-    transposed, key_config = _kernel_arguments(call, "grad_key_value")
+    gradients = empty_gradients(call)
+    of_queries, of_keys = _kernel_arguments(call, "grad_query"), _kernel_arguments(call, "grad_key_value")
+    delta = torch.empty_like(lse)
     with _current(call.query.device):
-        launch.backward(
-            call, output, lse, grad_output, gradients, lists, transposed, query_config, key_config, _rounding(call)
-        )
+        launch.backward_query(call, output, lse, delta, grad_output, gradients[0], *of_queries)
+        launch.backward_key_value(call, lse, delta, grad_output, gradients[1:], *of_keys)
     return gradients
 
 
@@ -140,21 +131,12 @@ def _current(device: torch.device) -> AbstractContextManager:
 def _kernel_arguments(call: AttentionCall, kernel: str) -> tuple[StepLists, KernelConfig]:
     """The lists and the configuration that `layout_arguments` chose for a kernel."""
     place = KERNELS.index(kernel)
-    full, *config = call.layout_sizes[7 * place : 7 * place + 7]
-    return StepLists(*call.layout[4 * place : 4 * place + 4], full=bool(full)), _same_config(*config)
+    full, *config = call.layout_sizes[place * _SIZES : (place + 1) * _SIZES]
+    lists = call.layout[place * _TENSORS : (place + 1) * _TENSORS]
+    return StepLists(*lists, full=bool(full)), _same_config(*config)
 
 
 _same_config = cache(KernelConfig)
-
-
-def _rounding(call: AttentionCall) -> Rounding | None:
-    from ..kernels.launch import Rounding
-
-    table = call.table
-    if table is None:
-        return None
-    levels = None if table.mid_points else call.layout[-1]
-    return Rounding(len(table.levels), levels, math.log2(table.threshold), table.step)
 
 
 register_backend(NAME, forward, backward)

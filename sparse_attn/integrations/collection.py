@@ -13,7 +13,7 @@ from ..distributed import agree, rank_and_world, share_of
 from ..progress import progress as show_progress
 from .accumulation import AttentionSums
 from .batches import expect_several, moved_batches
-from .models import Encoder, attention_implementation, encoder_of, evaluating, own_configs
+from .models import Encoder, attached, attention_implementation, encoder_of, evaluating, own_configs
 from .packing import Packing
 from .routing import checked_padding, padding_mask, sparse_attention_forward
 from .transformers import is_patched
@@ -86,10 +86,13 @@ def _collect(encoder: Encoder, batches: Iterable[Mapping[str, Tensor]], sums: At
     device = next(model.parameters()).device
     configs = own_configs(model)
     try:
-        for module in encoder.attention:
-            object.__setattr__(module, _COLLECTOR, sums)
         set_unpadding(encoder, True)
-        with evaluating(model), torch.no_grad(), attention_implementation(model, COLLECTING_NAME):
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            attention_implementation(model, COLLECTING_NAME),
+            attached(encoder, _COLLECTOR, sums),
+        ):
             for batch in moved_batches(batches, device):
                 sums.start_batch()
                 try:
@@ -98,8 +101,6 @@ def _collect(encoder: Encoder, batches: Iterable[Mapping[str, Tensor]], sums: At
                     continue
     finally:
         remove_unpadding(encoder)
-        for module in encoder.attention:
-            module.__dict__.pop(_COLLECTOR, None)
         for module, config in configs:
             module.config = config
 

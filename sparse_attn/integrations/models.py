@@ -152,11 +152,6 @@ def _one_a_layer(model: PreTrainedModel, family: Family, modules: list[nn.Module
     return [modules[layer * groups // layers] for layer in range(layers)]
 
 
-def self_attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention module of each layer of a model, first layer first. Raises what `encoder_of` does."""
-    return encoder_of(model).attention
-
-
 def own_configs(model: PreTrainedModel) -> list[tuple[nn.Module, PretrainedConfig]]:
     """Gives `model` configs of its own, so that other models built from the same ones are not changed with it.
 
@@ -194,6 +189,18 @@ def set_attention_implementation(model: PreTrainedModel, name: str) -> None:
             f"transformers left {type(model).__name__} with attention {model.config._attn_implementation!r} when "
             f"asked for {name!r}; this model does not route its attention through AttentionInterface"
         )
+
+
+@contextmanager
+def attached(encoder: Encoder, name: str, thing: object) -> Iterator[None]:
+    """Lets an encoder's self-attention modules have a `thing` under a name, for what computes their attention."""
+    for module in encoder.attention:
+        setattr(module, name, thing)
+    try:
+        yield
+    finally:
+        for module in encoder.attention:
+            module.__dict__.pop(name, None)
 
 
 @contextmanager

@@ -28,7 +28,6 @@ _GELU_ALGORITHMS = {
     "FastGELUActivation": "tanh",
     "GELUTanh": "tanh",
 }
-_MODE = "sparse_attention_onednn"
 _ALGORITHM = "sparse_attention_algorithm"  # of a linear layer, while its output goes to an activation: that one's
 _ACTIVATED = "sparse_attention_activated"  # of a tensor: the activation has been taken
 _WIDTH = "sparse_attention_width"  # of a block with a feed-forward part: features between its layers
@@ -55,7 +54,6 @@ def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
     of oneDNN has kernels for."""
     remove_onednn(encoder)
     for stack in encoder.stacks:
-        setattr(stack, _MODE, onednn)
         if onednn if onednn is not None else _recommended(stack):
             _route(stack, encoder.family.feed_forward)
 
@@ -63,7 +61,6 @@ def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
 def remove_onednn(encoder: Encoder) -> None:
     """Undoes `set_onednn`."""
     for stack in encoder.stacks:
-        stack.__dict__.pop(_MODE, None)
         for module in stack.modules():
             module.__dict__.pop(_WIDTH, None)
             if type(module) is OneDNNLinear:
@@ -72,11 +69,6 @@ def remove_onednn(encoder: Encoder) -> None:
                 type(module).__bases__ = (nn.Linear,)
             elif isinstance(module, _Changed):
                 module.__class__ = module.original
-
-
-def onednn_mode(encoder: Encoder) -> bool | None:
-    """What `set_onednn` was called with last."""
-    return getattr(encoder.stacks[0], _MODE, False)
 
 
 def _recommended(stack: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ..calibration import ProbabilityHistogram
 from ..masks import GlobalMask
 from ..progress import progress as show_progress
 from .batches import expect_several, moved_batches, without_common_padding
-from .models import attention_implementation, encoder_of, evaluating
+from .models import attached, attention_implementation, encoder_of, evaluating
 from .routing import padding_mask, sparse_attention_forward
 from .transformers import patched
 
@@ -44,22 +44,17 @@ def collect_probabilities(
     expect_several(batches)
     encoder = encoder_of(model)
     device, passes = next(model.parameters()).device, 0
-    try:
-        with (
-            patched(model, mask, unpad=False),
-            evaluating(model),
-            torch.no_grad(),
-            attention_implementation(encoder.model, COUNTING_NAME),
-        ):
-            for module in encoder.attention:
-                object.__setattr__(module, _HISTOGRAM, histogram)
-            shown = show_progress(batches, "counting probabilities", enabled=progress)
-            for batch in moved_batches(shown, device):
-                encoder.model(**without_common_padding(batch))
-                passes += 1
-    finally:
-        for module in encoder.attention:
-            module.__dict__.pop(_HISTOGRAM, None)
+    with (
+        patched(model, mask, unpad=False),
+        evaluating(model),
+        torch.no_grad(),
+        attention_implementation(encoder.model, COUNTING_NAME),
+        attached(encoder, _HISTOGRAM, histogram),
+    ):
+        shown = show_progress(batches, "counting probabilities", enabled=progress)
+        for batch in moved_batches(shown, device):
+            encoder.model(**without_common_padding(batch))
+            passes += 1
     if passes == 0:
         raise ValueError("there was no batch to collect probabilities from; pass at least one")
     if histogram.rows == 0:

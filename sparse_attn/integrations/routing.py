@@ -35,7 +35,7 @@ class SparseAttentionState(nn.Module):
         layouts: of these layers, on the device of the weights.
         first: the first of them.
         gradients: whether lists for the backward pass are compiled ahead of the first call.
-        handles: hooks that belong to the patch.
+        handles, unpad, onednn: hooks that belong to the patch, and its options; of the first module alone.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class SparseAttentionState(nn.Module):
         self.mask, self.layers = mask, layers
         self.table, self.backend, self.head_dim = table, backend, head_dim
         self.handles: list[Any] = []
+        self.unpad: bool | None = None
+        self.onednn: bool | None = None
         self.follow(weight)
 
     def follow(self, weight: Tensor) -> None:

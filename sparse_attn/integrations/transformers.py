@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from ..masks import GlobalMask
 from ..quantization import QuantizationTable, as_table
 from .models import BERT, Encoder, encoder_of, own_configs, set_attention_implementation, transformers_models
-from .onednn import expect_onednn, onednn_mode, remove_onednn, set_onednn
+from .onednn import expect_onednn, remove_onednn, set_onednn
 from .routing import ATTENTION_NAME, STATE, SparseAttentionState, number_shared_layers, watch_implementation
-from .unpadding import remove_unpadding, set_unpadding, unpadding_mode
+from .unpadding import remove_unpadding, set_unpadding
 
 Model = TypeVar("Model", bound=nn.Module)
 _PREVIOUS = "sparse_attention_previous"  # of a transformers model: its attention implementation before it was patched
@@ -112,7 +112,9 @@ def patch_model(
     # In this order: layers are numbered in what has no padding.
     set_unpadding(encoder, unpad)
     set_onednn(encoder, onednn)
-    _state(encoder).handles = watch_implementation(encoder) + number_shared_layers(encoder)
+    state = _state(encoder)
+    state.unpad, state.onednn = unpad, onednn
+    state.handles = watch_implementation(encoder) + number_shared_layers(encoder)
     return model
 
 
@@ -146,9 +148,8 @@ def patched(
     """`with patched(model, mask, bits): ...` patches for the block; afterwards the model is as it was before."""
     before = None
     if is_patched(model):
-        encoder = encoder_of(model)
-        state = _state(encoder)
-        before = state.mask, state.table, state.backend, unpadding_mode(encoder), onednn_mode(encoder)
+        state = _state(encoder_of(model))
+        before = state.mask, state.table, state.backend, state.unpad, state.onednn
     patch_model(model, mask, bits, backend=backend, unpad=unpad, onednn=onednn)
     try:
         yield model

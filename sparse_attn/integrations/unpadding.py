@@ -28,7 +28,7 @@ def set_unpadding(encoder: Encoder, unpad: bool | None) -> None:
     for stack in encoder.stacks:
         setattr(stack, _MODE, unpad)
         chunking = tuple(module for module in stack.modules() if hasattr(module, "chunk_size_feed_forward"))
-        stack.__dict__[_CHUNKING] = chunking
+        setattr(stack, _CHUNKING, chunking)
         handles = [
             stack.register_forward_pre_hook(_drop_padding, with_kwargs=True),
             stack.register_forward_hook(_restore_padding, with_kwargs=True),
@@ -45,11 +45,6 @@ def remove_unpadding(encoder: Encoder) -> None:
             handle.remove()
         stack.__dict__.pop(_MODE, None)
         stack.__dict__.pop(_CHUNKING, None)
-
-
-def unpadding_mode(encoder: Encoder) -> bool | None:
-    """What `set_unpadding` was called with last."""
-    return getattr(encoder.stacks[0], _MODE, False)
 
 
 def _drop_padding(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.attention_check import Expected, Wrong
+from benchmarks.attention_check import Expected
 from benchmarks.attention_inputs import Case, Inputs, LayerMask
 from benchmarks.attention_workloads import FORWARD, FORWARD_BACKWARD
+from benchmarks.verdicts import Wrong
 from sparse_attn import sparse_attention
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks import attention_run
-from benchmarks.attention_results import write_results
 from benchmarks.attention_run import Settings, run
-from benchmarks.attention_variants import Absent, Variant, all_variants
+from benchmarks.attention_variants import Variant, all_variants
 from benchmarks.attention_workloads import FORWARD, FORWARD_BACKWARD, PASSES
 from benchmarks.ceilings import Ceilings
+from benchmarks.pages import write_json
+from benchmarks.verdicts import Absent
 from sparse_attn.backends import BACKENDS
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload
 
@@ -43,7 +44,7 @@ def test_a_run_measures_every_variant_and_fits_the_schema(tmp_path):
     workloads = [tiny_workload(bits=(None, 3)), packed_workload()]
     variants = [one for one in all_variants() if "cpu" in one.devices]
     results = run(workloads, variants, settings())
-    write_results(results, tmp_path / "new" / "attention-x.json")
+    write_json(results, tmp_path / "new" / "attention-x.json")
     assert json.loads((tmp_path / "new" / "attention-x.json").read_text()) == results
     assert {"device", "commit", "date", "versions", "dtype", "ceilings", "seconds", "workloads"} <= results.keys()
     assert results["ceilings"] == {"copy_bytes_per_second": 1e10, "matrix_flops_per_second": 1e11}

@@ -67,7 +67,7 @@ def test_a_figure_that_is_missing_loses_no_other(small, monkeypatch, tmp_path, c
         raise BrokenProcessPool("a process\nwas terminated abruptly")
 
     monkeypatch.setattr(collect, "_in_own_process", in_own_process)
-    monkeypatch.setattr(collect, "ProcessPoolExecutor", killed)
+    monkeypatch.setattr(collect, "in_own_process", killed)
     out = tmp_path / "collect.json"
     assert collect.main([*ARGUMENTS, "--device", "cpu", "--json", str(out)]) == 1
     results = json.loads(out.read_text())

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from benchmarks import long, long_variants
-from benchmarks.long_variants import Document, Variant, Wrong, check, variants_on
+from benchmarks.long_variants import Document, Variant, check, variants_on
 from benchmarks.pages import ABSENT
+from benchmarks.verdicts import Wrong
 from tests.helpers import CUDA
 
 
@@ -55,7 +56,7 @@ def test_a_file_that_cannot_be_written_costs_no_table(tmp_path, capsys, monkeypa
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(long, "_write", full)
+    monkeypatch.setattr(long, "write_json", full)
     small = ["--length", "64", "--layers", "1", "--seconds", "0.01", "--variants", "sdpa"]
     assert long.main([*small, "--device", "cpu", "--json", str(tmp_path / "long.json")]) == 1
     printed = capsys.readouterr()

@@ -102,13 +102,13 @@ def test_mistakes_are_found(monkeypatch):
         failures = "; ".join(check(case, CPU).failures)
         assert complaint in failures
     monkeypatch.setattr(launch, "forward", forward)
-    backward = launch.backward
+    backward = launch.backward_key_value
 
-    def wrong_backward(call, output, lse, grad_output, gradients, *rest):
-        backward(call, output, lse, grad_output, gradients, *rest)
-        gradients[2][0, 0, 5].mul_(1.01)
+    def wrong_backward(call, lse, delta, grad_output, gradients, *rest):
+        backward(call, lse, delta, grad_output, gradients, *rest)
+        gradients[1][0, 0, 5].mul_(1.01)
 
-    monkeypatch.setattr(launch, "backward", wrong_backward)
+    monkeypatch.setattr(launch, "backward_key_value", wrong_backward)
     assert check(case, CPU).failures[0].startswith("gradient of the value: error")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.squad import data as squad_data
 from benchmarks.squad.checkpoints import load_model
-from benchmarks.squad.models import make_models, make_models_for_seed
+from benchmarks.squad.models import make_models
 from benchmarks.squad.options import parse_options
 from benchmarks.squad.seeds import measure_seeds, spread
 from benchmarks.squad.setting import read_setting
@@ -115,7 +115,7 @@ def test_tables_are_fitted_to_the_sparse_model(arguments):
 def test_each_seed_draws_its_own_head_and_order(arguments, headless_folder):
     command = [*arguments, "--model", str(headless_folder), "--finetune", *SHORT, "--recover-epochs", "1"]
     setting = setting_of(*command)
-    first, second = (make_models_for_seed(setting, seed) for seed in (0, 1))
+    first, second = (make_models(setting, seed) for seed in (0, 1))
     assert first.dense.path != second.dense.path and first.sparse.path != second.sparse.path
     alone = make_models(setting_of(*command, "--seed", "1"))
     assert alone.dense.path == second.dense.path and alone.dense.cached
@@ -145,13 +145,13 @@ def test_a_row_that_a_seed_lacks_has_fewer_values():
 
 def test_time_is_measured_with_the_first_seed_only(monkeypatch, arguments):
     seen = []
-    monkeypatch.setattr("benchmarks.squad.seeds.make_models_for_seed", lambda setting, seed: (seed, setting))
+    monkeypatch.setattr("benchmarks.squad.seeds.make_models", lambda setting, seed: (seed, setting))
     setting = setting_of(*arguments, "--granularity", "element,tile", "--repeats", "5", "--seed", "4")
     setting.options.seeds = 3
 
     def measure(setting, models):
         (seed, element), (other, tile) = models.values()
-        assert seed == other and [element.options.granularity, tile.options.granularity] == [*models]
+        assert seed == other and element.granularities + tile.granularities == [*models]
         seen.append((seed, setting.options.repeats, setting.model))
         return rows(seed, 60.0)
 

@@ -9,12 +9,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 from transformers.models.bert.modeling_bert import BertIntermediate
 
-from benchmarks.attention_variants import Absent
 from benchmarks.squad import peers
 from benchmarks.squad.checkpoints import input_names, load_model
 from benchmarks.squad.feeding import Inputs, write_inputs
 from benchmarks.squad.variants import NAMES, default_names, table_variants
 from benchmarks.squad.worker import Job, main, measure
+from benchmarks.verdicts import Absent
 from sparse_attn import GlobalMask
 from sparse_attn.squad.reading import read_squad
 from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows

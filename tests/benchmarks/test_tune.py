@@ -1,6 +1,7 @@
 """The search for configurations, in Triton's interpreter and with a timer that is told what to find."""
 
 import json
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -12,13 +13,14 @@ from benchmarks import tune
 from benchmarks.attention_workloads import Workload
 from benchmarks.timing import HostTimer
 from benchmarks.tuning import compiling, sweep
-from benchmarks.tuning.bench import Bench, Layouts, WrongResult
+from benchmarks.tuning.bench import Bench, Layouts
 from benchmarks.tuning.candidates import neighbours
-from benchmarks.tuning.compiling import NoCompiler, recorded
+from benchmarks.tuning.compiling import recorded
 from benchmarks.tuning.problems import TuningProblem
 from benchmarks.tuning.search import BETTER, Search
 from benchmarks.tuning.sweep import Sweep
 from benchmarks.tuning.table import TableFile, line, print_outcomes
+from benchmarks.verdicts import Wrong
 from sparse_attn.kernels import configuration, launch
 from sparse_attn.kernels.configuration import BlockConfig, KernelConfig, Problem, read_table
 from tests.helpers import CUDA
@@ -29,6 +31,21 @@ GOOD = KernelConfig(rows=16, columns=32, num_warps=2, num_stages=2)
 OTHER = KernelConfig(rows=32, columns=16, num_warps=2, num_stages=3, split=True)
 HELD = KernelConfig(rows=16, columns=16, num_warps=2, num_stages=1, held=64)
 interpreted = pytest.mark.skipif(CUDA, reason="Triton's interpreter is not chosen where there is a GPU")
+
+
+class NoCompiler:
+    """Leaves compiling to the first run: in Triton's interpreter there is nothing to compile."""
+
+    processes = 1
+
+    def request(self, launches):
+        pass
+
+    def outcome(self, launched):
+        return ""
+
+    def wait(self, seconds):
+        time.sleep(seconds)
 
 
 def tiny_masks(granularity: str, device: torch.device) -> torch.Tensor:
@@ -100,8 +117,8 @@ def test_the_fastest_right_configuration_wins(kernel, tmp_path, monkeypatch, cap
 def test_candidates_that_compute_something_else_are_dropped(mistake, monkeypatch):
     forward, runs = launch.forward, []
 
-    def broken(call, output, lse, lists, config, rounding):
-        forward(call, output, lse, lists, config, rounding)
+    def broken(call, output, lse, lists, config):
+        forward(call, output, lse, lists, config)
         if config == OTHER:
             runs.append(config)
             if mistake == "failing":
@@ -164,7 +181,7 @@ def test_a_recorded_launch_says_what_is_compiled():
     assert {"HELD": 64, "ROWS": 16, "num_warps": 2}.items() <= dict(constants).items()
     assert all(isinstance(value, (int, float, torch.dtype)) for value in arguments)
     hash(launched)
-    with pytest.raises(WrongResult):  # nothing was run
+    with pytest.raises(Wrong):  # nothing was run
         bench.prepare()
         bench.check(GOOD)
         recorded(bench.caller(GOOD))
@@ -252,13 +269,13 @@ def test_a_new_process_goes_on_where_the_gpu_is_lost(breaks, cpu_as_gpu, monkeyp
     default = configuration.default_table().nearest(Problem("forward", False, 16, 4, 40, 2.0))
     forward, broken, gpu, begun_again = launch.forward, [], {"lost": False}, []
 
-    def breaking(call, output, lse, lists, config, rounding):
+    def breaking(call, output, lse, lists, config):
         run = not isinstance(launch.forward_kernel, compiling._Recorder)
         if run and not broken and (config == default) == (breaks == "the default"):
             broken.append(config)
             gpu["lost"] = True
             raise RuntimeError("illegal memory access")
-        forward(call, output, lse, lists, config, rounding)
+        forward(call, output, lse, lists, config)
 
     def synchronize():
         if gpu["lost"]:

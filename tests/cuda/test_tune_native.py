@@ -5,9 +5,10 @@ import torch
 
 from benchmarks import tune_native
 from benchmarks.attention_workloads import Workload
-from benchmarks.tuning.bench import Layouts, WrongResult
+from benchmarks.tuning.bench import Layouts
 from benchmarks.tuning.problems import TuningProblem
 from benchmarks.tuning.table import TableFile
+from benchmarks.verdicts import Wrong
 from sparse_attn.backends import native_cuda
 from sparse_attn.kernels.configuration import BlockConfig, read_table
 from tests.helpers import CUDA
@@ -66,7 +67,7 @@ def test_wrong_results_are_not_timed(place, tmp_path, monkeypatch):
     monkeypatch.setattr(native_cuda, "forward", lambda call: (2 * forward(call)[0], None))
     problem = TuningProblem("forward", Workload("tiny", 1, 2, 48, 32, masks), "element", head_dim=32)
     table = TableFile(tmp_path / "table.json", "Some GPU", "sm_90")
-    with pytest.raises(WrongResult, match="the Triton kernel's"):
+    with pytest.raises(Wrong, match="the Triton kernel's"):
         tune_native.tune_forward(problem, Layouts(place), None, table, place)
 
 

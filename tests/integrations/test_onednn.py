@@ -14,7 +14,7 @@ from transformers import BertModel
 from sparse_attn import GlobalMask, is_patched, patch_model, patched, unpatch
 from sparse_attn.integrations import onednn
 from sparse_attn.integrations.models import encoder_of
-from sparse_attn.integrations.onednn import onednn_dtypes, onednn_mode
+from sparse_attn.integrations.onednn import onednn_dtypes
 from tests.integrations.conftest import padded_inputs, small_config
 from tests.integrations.test_families import MASK, MODELS, make
 
@@ -366,9 +366,9 @@ def test_without_onednn(bert, monkeypatch):
 def test_the_context_manager_restores_it(bert):
     patch_model(bert, MASK, onednn=False)
     with patched(bert, MASK, onednn=True):
-        assert onednn_mode(encoder_of(bert)) is True
+        assert encoder_of(bert).attention[0].sparse_attention.onednn is True
         assert operators_of(bert, padded_inputs())[1][ONEDNN] > 0
-    assert onednn_mode(encoder_of(bert)) is False
+    assert encoder_of(bert).attention[0].sparse_attention.onednn is False
     assert operators_of(bert, padded_inputs())[1][ONEDNN] == 0
 
 

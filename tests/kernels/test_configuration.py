@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparse_attn import SparseLayout, sparse_attention
-from sparse_attn.backends import AUTOMATIC, automatic, native_cuda
+from sparse_attn.backends import automatic, native_cuda, usual
 from sparse_attn.kernels import configuration
 from sparse_attn.kernels.configuration import KERNELS, BlockConfig, KernelConfig, Problem, TuningTable
 from sparse_attn.quantization import log_table
@@ -209,9 +209,9 @@ def test_native_entries_say_what_is_faster(some_gpu, monkeypatch):
         layout.device = some_gpu
         return automatic(layout, head_dim, dtype, bits, training)
 
-    native_first, usual = ("native", "triton", "torch", "reference"), AUTOMATIC["cuda"]
+    native_first, otherwise = ("native", "triton", "torch", "reference"), usual(torch.device("cuda"))
     assert order() == native_first
-    assert order(bits=True) == order(training=True) == order(dtype=torch.float32) == order(head_dim=48) == usual
+    assert order(bits=True) == order(training=True) == order(dtype=torch.float32) == order(head_dim=48) == otherwise
     both = ((Problem("backward", False, 64, 2, 384, 2.0), BlockConfig(8, faster=True)),)
     configuration.use_table(TuningTable("Some GPU 1", (), both))
-    assert order(training=True) == native_first and order() == order(bits=True, training=True) == usual
+    assert order(training=True) == native_first and order() == order(bits=True, training=True) == otherwise
