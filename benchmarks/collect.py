@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from sparse_attn import AttentionAverages, collect_averages
 from sparse_attn.squad.reading import read_squad
-from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
+from sparse_attn.squad.windows import MODEL_INPUTS, collate, length_sorted_batches, make_windows
 
 from .device import circumstances, pick_device, synchronize
 from .measure import in_own_process, peak_memory
@@ -135,8 +135,7 @@ def make_batches(kind: str, data: Path, count: int, batch_size: int) -> list[Bat
         indices = [in_order[first : first + batch_size] for first in range(0, len(windows), batch_size)]
     pad_to = MAX_LENGTH if kind == "padded" else None
     batches = [collate([windows[index] for index in batch], tokenizer.pad_token_id, pad_to) for batch in indices]
-    inputs = ("input_ids", "attention_mask", "token_type_ids")
-    return [{name: batch[name] for name in inputs} for batch in batches]
+    return [{name: batch[name] for name in MODEL_INPUTS} for batch in batches]
 
 
 def load(name: str, device: torch.device) -> PreTrainedModel:

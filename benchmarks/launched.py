@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from sparse_attn.distributed import rank_and_world
-from sparse_attn.trainer import require_accelerate
+from sparse_attn.training import require_accelerate
 
 from .device import pick_device
 

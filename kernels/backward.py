@@ -12,7 +12,6 @@ Every element is summed by one program in a fixed order: no atomics, the same bi
 import triton
 import triton.language as tl
 
-from .forward import list_scores
 from .primitives import (
     LENGTHS,
     LN_2,
@@ -21,6 +20,7 @@ from .primitives import (
     dropout_row_numbers,
     kept_by_rows,
     list_of_group,
+    list_scores,
     load_rows,
     program_place,
     round_to_levels,

@@ -9,8 +9,8 @@ from .primitives import (
     drop,
     dropout_row_numbers,
     finite_lse2,
-    kept_by_rows,
     list_of_group,
+    list_scores,
     load_rows,
     program_place,
     round_to_levels,
@@ -18,32 +18,6 @@ from .primitives import (
     sequence_bounds,
     softmax_step,
 )
-
-
-@triton.jit
-def list_scores(
-    q, key, stride_key_row, stride_key_dim, columns, step_bits, key_padding, entry, length, mask_rows, dims, scale_log2,
-    part: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FULL: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_PADDING: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Base-2 scores of a part's entries from `entry` on, -inf where not kept. All rows keep what is in part 0, if FULL.
-    -> [ROWS, COLUMNS], the keys' rows [COLUMNS, HEAD_BLOCK], columns, column_ok"""
-    entries = entry + tl.arange(0, COLUMNS)
-    column_ok = entries < length
-    column = tl.load(columns + entries, mask=column_ok, other=0)
-    if HAS_KEY_PADDING:
-        column_ok = column_ok & (tl.load(key_padding + column, mask=column_ok, other=0) != 0)
-    k = load_rows(key, column, column_ok, stride_key_row, dims, stride_key_dim, HEAD_DIM)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    if part > 0 or not FULL:
-        kept = kept_by_rows(step_bits, entry, length, ROWS, COLUMNS)
-        if HAS_KEY_PADDING:
-            kept = kept & column_ok[None, :]
-    else:
-        kept = column_ok[None, :]
-    if CAUSAL:
-        kept = kept & (column[None, :] <= mask_rows[:, None])
-    return tl.where(kept, scores, float("-inf")), k, column, column_ok
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -9,6 +9,7 @@ from .attention import sparse_attention
 from .averages import AttentionAverages
 from .calibration import ProbabilityHistogram, calibrated_table, renormalised_table
 from .distillation import distil, text_windows
+from .finetuning import finetune_question_answering
 from .integrations.collection import collect_averages
 from .integrations.probabilities import collect_probabilities
 from .integrations.transformers import is_patched, patch_bert, patch_model, patched, unpatch
@@ -16,7 +17,6 @@ from .layout import SparseLayout
 from .masks import GlobalMask
 from .published import load_published_averages
 from .quantization import QuantizationTable, log_table, quantize
-from .training import finetune_question_answering
 from .version import __version__
 
 __all__ = [

@@ -78,8 +78,9 @@ def sparse_attention(
             `attention_probabilities` has both.
     """
     call = _checked_call(
-        query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, cu_seqlens, max_length,
-        causal, query_offset, dropout,
+        query, key, value, layout, scale=scale, bits=bits, query_lengths=query_lengths, key_lengths=key_lengths,
+        key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_length=max_length, causal=causal,
+        query_offset=query_offset, dropout=dropout,
     )  # fmt: skip
     training = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     chosen = choose_backend(call, layout, training, backend)
@@ -116,8 +117,8 @@ def attention_probabilities(
         [batch, heads, query_len, key_len]. Both carry gradients.
     """
     call = _checked_call(
-        query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, None, None,
-        causal, query_offset, dropout,
+        query, key, value, layout, scale=scale, bits=bits, query_lengths=query_lengths, key_lengths=key_lengths,
+        key_padding_mask=key_padding_mask, causal=causal, query_offset=query_offset, dropout=dropout,
     )  # fmt: skip
     call.layout, call.layout_sizes = _layout_arguments(
         reference, layout, query.shape[-1], query.dtype, call.table, False
@@ -166,7 +167,7 @@ def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) 
     device = torch.device(device)
     layout = SparseLayout(torch.ones(1, 16, 16, dtype=torch.bool, device=device))
     tensors = [torch.zeros(1, 1, 16, 64, dtype=dtype, device=device)] * 3
-    call = _checked_call(*tensors, layout, None, None, None, None, None, None, None, False, 0, 0.0)
+    call = _checked_call(*tensors, layout)
     preferred = usual(device)
     names = [*preferred, *(name for name in BACKENDS if name not in preferred)]
     return {name: BACKENDS[name].unsupported(call, training=False) for name in names}
@@ -190,8 +191,8 @@ def _layout_arguments(
 
 
 def _checked_call(
-    query, key, value, layout, scale, bits, query_lengths, key_lengths, key_padding_mask, cu_seqlens, max_length,
-    causal, query_offset, dropout,
+    query, key, value, layout, *, scale=None, bits=None, query_lengths=None, key_lengths=None, key_padding_mask=None,
+    cu_seqlens=None, max_length=None, causal=False, query_offset=0, dropout=0.0,
 ) -> AttentionCall:  # fmt: skip
     check_call(query, key, value, layout, cu_seqlens, query_offset)
     if cu_seqlens is not None:

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from .cutting import Cut, expect_fast_tokenizer
 from .integrations.models import evaluating
 from .integrations.transformers import is_patched
-from .trainer import GroupedTrainer, Schedule, train
+from .training import GroupedTrainer, Schedule, train
 
 Example = Mapping[str, Sequence[int]]
 _OVER_TOKENS = ("start_logits", "end_logits")  # [batch, length]: a softmax over a sequence's tokens

@@ -10,8 +10,6 @@ from tqdm.auto import tqdm
 Item = TypeVar("Item")
 
 
-def progress(
-    iterable: Iterable[Item], description: str, total: int | None = None, enabled: bool = True
-) -> Iterator[Item]:
-    """Yields the items of `iterable` and shows how far it is on stderr; `enabled=False` shows nothing."""
-    return iter(tqdm(iterable, desc=description, total=total, disable=not enabled, dynamic_ncols=True))
+def with_progress(items: Iterable[Item], description: str, enabled: bool = True) -> Iterator[Item]:
+    """Yields the items and shows how far they are on stderr; `enabled=False` shows nothing."""
+    return iter(tqdm(items, desc=description, disable=not enabled, dynamic_ncols=True))

@@ -85,7 +85,7 @@ def _check_layout(query: Tensor, key: Tensor, layout: SparseLayout, packed: bool
     if query_offset < 0:
         raise ValueError(f"query_offset is {query_offset}, expected the absolute position of the first query, from 0")
     if packed:
-        return  # its lengths live on the device: see longest_sequence
+        return  # its lengths live on the device: see check_packed_length
     query_len, key_len = query.shape[2] + query_offset, key.shape[2]
     if query_len > layout.query_len or key_len > layout.key_len:
         raise ValueError(

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForQuestionAnswering
 
 from sparse_attn import AttentionAverages, collect_averages
+from sparse_attn.finetuning import finetune_question_answering
 from sparse_attn.squad import Question, Window, make_windows
 from sparse_attn.squad.evaluation import predict
-from sparse_attn.training import finetune_question_answering
 from tests.squad.samples import ask, letter_tokenizer
 
 TOKENIZER = letter_tokenizer()

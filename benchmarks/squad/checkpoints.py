@@ -20,8 +20,8 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTraine
 
 from sparse_attn import GlobalMask, distil, patched
 from sparse_attn.distributed import rank_and_world
-from sparse_attn.squad.windows import Window
-from sparse_attn.training import finetune_question_answering
+from sparse_attn.finetuning import finetune_question_answering
+from sparse_attn.squad.windows import MODEL_INPUTS, Window
 from sparse_attn.version import __version__
 
 from ..launched import is_first_here, of_all
@@ -215,8 +215,7 @@ def _save(folder: Path, model: PreTrainedModel, tokenizer, made: str, record: st
 
 def input_names(tokenizer) -> list[str]:
     """Which of a batch's tensors the tokenizer's model takes."""
-    known = ("input_ids", "attention_mask", "token_type_ids")
-    return [name for name in known if name in tokenizer.model_input_names]
+    return [name for name in MODEL_INPUTS if name in tokenizer.model_input_names]
 
 
 def _unusable(name: str, local: bool) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sparse_attn import AttentionAverages, GlobalMask, collect_averages
-from sparse_attn.progress import progress
+from sparse_attn.progress import with_progress
 from sparse_attn.squad.windows import Window, collate, length_sorted_batches
 
 from ..launched import is_first
@@ -35,7 +35,7 @@ def model_batches(setting: Setting, windows: Sequence[Window], description: str)
     """What the model is called with for `windows`, batch by batch, with a progress bar."""
     names = input_names(setting.tokenizer)
     batches = length_sorted_batches(windows, setting.options.batch_size)
-    for indices in progress(batches, description, enabled=is_first()):
+    for indices in with_progress(batches, description, enabled=is_first()):
         batch = collate([windows[index] for index in indices], setting.tokenizer.pad_token_id)
         yield {name: batch[name] for name in names}
 

@@ -16,7 +16,7 @@ from sparse_attn.distributed import rank_and_world
 from sparse_attn.extension import how_to_install
 from sparse_attn.squad.reading import Question
 from sparse_attn.squad.windows import Window, length_sorted_batches, make_windows
-from sparse_attn.trainer import require_accelerate
+from sparse_attn.training import require_accelerate
 
 from ..launched import own_device
 from ..options import chosen

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from sparse_attn import GlobalMask, QuantizationTable, patch_model
 from sparse_attn.integrations.models import encoder_of
 from sparse_attn.integrations.packing import Packing
-from sparse_attn.progress import progress
+from sparse_attn.progress import with_progress
 
 from ..measure import current_memory, peak_memory, timed_passes
 from ..verdicts import Absent
@@ -102,7 +102,7 @@ def measure(job: Job) -> tuple[Measured, dict[str, torch.Tensor]]:
     forward = torch.compile(model, dynamic=True) if job.compiled and job.attention != "sparse" else model
     tokens = [_processed_tokens(job, inputs, feed, batch) for batch in inputs.batches]
     largest = [inputs.batches[tokens.index(max(tokens))]] if tokens else []  # none: other processes have all batches
-    ticks = progress(range(len(largest) + (1 + job.repeats) * len(inputs.batches)), job.label)
+    ticks = with_progress(range(len(largest) + (1 + job.repeats) * len(inputs.batches)), job.label)
     loaded = current_memory(device)
     peak = max(peak_memory(_pass_over(forward, largest, feed, ticks), device), loaded or 0)  # Linux counts in batches
     timed = timed_passes(_pass_over(forward, inputs.batches, feed, ticks), device, job.repeats)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..averages import AttentionAverages
 from ..distributed import agree, rank_and_world, share_of
-from ..progress import progress as show_progress
+from ..progress import with_progress
 from .accumulation import AttentionSums
 from .batches import expect_several, moved_batches
 from .models import Encoder, attached, attention_implementation, encoder_of, evaluating, own_configs
@@ -73,7 +73,7 @@ def collect_averages(
     own = share_of(batches) if shard and world > 1 else batches
     failure = None
     try:
-        _collect(encoder, show_progress(own, "collecting attention", enabled=progress and rank == 0), sums)
+        _collect(encoder, with_progress(own, "collecting attention", enabled=progress and rank == 0), sums)
     except Exception as error:
         failure = error
     side = agree(sums.side, failure)  # before the sums of different lengths meet

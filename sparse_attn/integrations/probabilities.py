@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..calibration import ProbabilityHistogram
 from ..masks import GlobalMask
-from ..progress import progress as show_progress
+from ..progress import with_progress
 from .batches import expect_several, moved_batches, without_common_padding
 from .models import attached, attention_implementation, encoder_of, evaluating
 from .routing import padding_mask, sparse_attention_forward
@@ -51,7 +51,7 @@ def collect_probabilities(
         attention_implementation(encoder.model, COUNTING_NAME),
         attached(encoder, _HISTOGRAM, histogram),
     ):
-        shown = show_progress(batches, "counting probabilities", enabled=progress)
+        shown = with_progress(batches, "counting probabilities", enabled=progress)
         for batch in moved_batches(shown, device):
             encoder.model(**without_common_padding(batch))
             passes += 1

@@ -2,9 +2,7 @@
 
     questions = read_squad("dev-v1.1.json")
     windows = make_windows(questions, tokenizer)                    # at most 384 tokens each, 128 of overlap
-    for indices in length_sorted_batches(windows, batch_size=16):
-        batch = collate([windows[i] for i in indices], tokenizer.pad_token_id)
-        ...                                                         # start and end logits, one row a window
+    start_logits, end_logits = predict(model, windows, tokenizer.pad_token_id)
     predictions = best_answers(questions, windows, start_logits, end_logits)
     exact_match, f1 = exact_match_and_f1(predictions, questions)
 
@@ -14,6 +12,7 @@ Comprehension of Text" (2016); the sliding windows and the choice of a span are 
 """
 
 from sparse_attn.squad.answers import best_answers
+from sparse_attn.squad.evaluation import predict
 from sparse_attn.squad.metrics import exact_match_and_f1
 from sparse_attn.squad.reading import Question, misplaced_answers, read_squad, split_articles
 from sparse_attn.squad.windows import Window, WindowTensors, collate, length_sorted_batches, make_windows
@@ -28,6 +27,7 @@ __all__ = [
     "length_sorted_batches",
     "make_windows",
     "misplaced_answers",
+    "predict",
     "read_squad",
     "split_articles",
 ]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sparse_attn.distributed import agree, rank_and_world, share_of, sums_over_processes
 from sparse_attn.integrations.models import evaluating
-from sparse_attn.progress import progress as show_progress
-from sparse_attn.squad.windows import Window, collate, length_sorted_batches
+from sparse_attn.progress import with_progress
+from sparse_attn.squad.windows import MODEL_INPUTS, Window, collate, length_sorted_batches
 
 
 def predict(
@@ -21,7 +21,7 @@ def predict(
     batches: Sequence[Sequence[int]] | None = None,
     batch_size: int = 16,
     pad_to: int | None = None,
-    input_names: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids"),
+    input_names: Sequence[str] = MODEL_INPUTS,
     progress: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The logits that `best_answers` takes, in the order of `windows`.
@@ -59,7 +59,7 @@ def predict(
         2, sum(lengths), dtype=torch.float32, device="cpu"
     )  # start and end; zero where another process fills in
     starts, ends = (rows.split(lengths) for rows in logits)
-    shown = show_progress(share_of(batches), "predicting", enabled=progress and rank_and_world()[0] == 0)
+    shown = with_progress(share_of(batches), "predicting", enabled=progress and rank_and_world()[0] == 0)
     failure = None
     try:
         with evaluating(model):

@@ -12,6 +12,7 @@ import torch
 from sparse_attn.cutting import Cut, expect_fast_tokenizer
 from sparse_attn.squad.reading import Question
 
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a model may take of a batch
 _QUESTIONS_PER_CALL = 256
 _CONTEXT = 1  # the second segment
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
     EncoderDecoderConfig,
@@ -18,7 +17,7 @@ from transformers import (
 )
 from transformers.models.bert import modeling_bert
 
-from sparse_attn import GlobalMask, is_patched, patch_bert, patched, sparse_attention, unpatch
+from sparse_attn import GlobalMask, is_patched, patch_bert, patched, unpatch
 from sparse_attn.integrations import routing
 from tests.helpers import DEVICE
 from tests.integrations.conftest import close, device_inputs, run, small_config
@@ -431,4 +430,3 @@ def test_registered_name_is_accepted_by_transformers(model):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     assert routing.ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
-    assert isinstance(small_config(), BertConfig) and callable(sparse_attention)

@@ -7,9 +7,9 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering
 
 from sparse_attn import GlobalMask, is_patched, patch_bert
+from sparse_attn.finetuning import finetune_question_answering
 from sparse_attn.squad.windows import Window
-from sparse_attn.trainer import LengthGroupedBatches
-from sparse_attn.training import finetune_question_answering
+from sparse_attn.training import LengthGroupedBatches
 
 BEFORE_ANSWER, AFTER_ANSWER = 3, 4  # two tokens that mark the answer
 SETTINGS = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 16, "progress": False}
@@ -151,6 +151,6 @@ def test_low_precision_weights_are_refused():
 
 
 def test_without_accelerate_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr("sparse_attn.trainer.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sparse_attn.training.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"accelerate.*project.s folder.*\.\[bench\]"):
         finetune_question_answering(tiny_model(), marked_windows(4), 0)
