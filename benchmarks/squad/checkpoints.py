@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedModel
 
-from sparse_attn import GlobalMask, distil, patched
+from sparse_attn import GlobalMask, QuantizationTable, distil, patched
 from sparse_attn.distributed import rank_and_world
 from sparse_attn.finetuning import finetune_question_answering
 from sparse_attn.squad.windows import MODEL_INPUTS, Window
@@ -53,6 +53,14 @@ class DistilRecipe:
     epochs: int = 5
     learning_rate: float = 1e-4
     batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class RoundingRecipe(DistilRecipe):
+    """How it is distilled further, through rounding."""
+
+    epochs: int = 2
+    learning_rate: float = 5e-5
 
 
 @dataclass(frozen=True)
@@ -146,21 +154,24 @@ def distilled(
     cache: Path,
     mask: GlobalMask,
     source: str,
+    table: QuantizationTable | None = None,
 ) -> Checkpoint:
-    """The checkpoint that `recipe` makes of `student`, with `mask` applied, by what `teacher` computes for `inputs`.
+    """The checkpoint that `recipe` makes of `student`, with `mask` applied and probabilities rounded to `table`, by
+    what `teacher` computes for `inputs`.
 
     `source` says where the inputs come from. Training changes `student`. The result is kept in `cache` as that of
     `finetuned` is.
     """
+    kind = "sparse" if table is None else "rounded"
 
     def train() -> list[float]:
-        settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": "distilling, sparse"}
-        with patched(student, mask):
+        settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": f"distilling, {kind}"}
+        with patched(student, mask, table):
             return distil(student, teacher, inputs, **settings)
 
-    key = _digest([student, teacher], list(inputs), recipe, mask)
+    key = _digest([student, teacher], list(inputs), recipe, mask, table)
     how = f"distilled on {source}, without labels,"
-    return _kept("sparse", key, student, tokenizer, recipe, len(inputs), cache, train, how)
+    return _kept(kind, key, student, tokenizer, recipe, len(inputs), cache, train, how)
 
 
 def _kept(
@@ -236,7 +247,11 @@ def _check_name(name: str) -> bool:
 
 
 def _digest(
-    models: Sequence[PreTrainedModel], examples: Sequence, recipe: Recipe | DistilRecipe, mask: GlobalMask | None
+    models: Sequence[PreTrainedModel],
+    examples: Sequence,
+    recipe: Recipe | DistilRecipe,
+    mask: GlobalMask | None,
+    table: QuantizationTable | None = None,
 ) -> str:
     digest = hashlib.sha256()
     for model in models:
@@ -256,4 +271,6 @@ def _digest(
     if mask is not None:
         digest.update(str(tuple(mask.shape)).encode())
         digest.update(mask.keep.numpy().data)
+    if table is not None:
+        digest.update(json.dumps(asdict(table)).encode())
     return digest.hexdigest()[:16]

@@ -17,44 +17,58 @@ from sparse_attn import (
     QuantizationTable,
     calibrated_table,
     collect_probabilities,
+    log_table,
     renormalised_table,
 )
 
-from .checkpoints import Checkpoint, DistilRecipe, Recipe, distilled, finetuned, load_model
+from .checkpoints import Checkpoint, DistilRecipe, Recipe, RoundingRecipe, distilled, finetuned, load_model
 from .masks import make_mask, model_batches
 from .recovery import recover_kind
 from .setting import Setting
+from .variants import Variant
 
 _CALIBRATION_WINDOWS = 64
 
 
 @dataclass
 class Models:
-    """What the rows load: `dense` for rows without a mask; `sparse`, `mask` and tables for those with one.
+    """What rows load: `dense` those without a mask; `sparse` or `rounded`, `mask` and tables those with one.
 
     Attributes:
         dense: as given, or fine-tuned.
         sparse: recovered with `mask`; the dense one if nothing was.
+        rounded: recovered further through rounding to --bits, or None.
         mask: of --granularity (the first, if there are several) and --sparsity, or of --mask.
         seconds: how long fine-tuning, averages, mask, recovery and calibration took.
-        probabilities: of the sparse model with `mask`, for tables other than the published one; None for that.
+        probabilities: with `mask` and the weights of each sparse checkpoint, by its path, for tables other than the
+            published one.
         table_kind: "published", "calibrated" (bins fitted, then rows' sums restored) or "renormalised" (the published
             bins, rows' sums restored).
     """
 
     dense: Checkpoint
     sparse: Checkpoint
+    rounded: Checkpoint | None = None
     mask: GlobalMask | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    probabilities: ProbabilityHistogram | None = None
+    probabilities: dict[str, ProbabilityHistogram] = field(default_factory=dict)
     table_kind: str = "published"
 
-    def table(self, bits: int | None) -> QuantizationTable | None:
-        """The table for so many bits; None for no bits, and for the published one."""
-        if bits is None or self.probabilities is None:
+    def checkpoint(self, variant: Variant) -> Checkpoint:
+        """The weights of a row."""
+        if not (variant.masked and variant.own_weights):
+            return self.dense
+        return self.rounded if variant.rounded_weights and self.rounded is not None else self.sparse
+
+    def table(self, bits: int | None, checkpoint: Checkpoint) -> QuantizationTable | None:
+        """The table for so many bits with a checkpoint's weights; None for no bits."""
+        if bits is None:
             return None
-        fitted = calibrated_table(self.probabilities, bits) if self.table_kind == "calibrated" else bits
-        return renormalised_table(self.probabilities, fitted)
+        if self.table_kind == "published":
+            return log_table(bits)
+        histogram = self.probabilities[checkpoint.path]
+        fitted = calibrated_table(histogram, bits) if self.table_kind == "calibrated" else bits
+        return renormalised_table(histogram, fitted)
 
 
 def make_models(setting: Setting, seed: int | None = None) -> Models:
@@ -78,14 +92,15 @@ def make_models(setting: Setting, seed: int | None = None) -> Models:
     if not setting.masked:
         return models
     models.mask = make_mask(setting, setting.granularities[0], options.sparsity, models.seconds)
-    sparse = setting.model
-    if recover_kind(options) != "none":
+    kind = recover_kind(options)
+    if kind != "none":
         with _timed(models.seconds, "recovery"):
             models.sparse = _recovered(setting, models.mask)
-            sparse = _loaded(setting, models.sparse)
-    if options.table != "published":
-        with _timed(models.seconds, "calibration"):
-            models.probabilities = _probabilities(setting, sparse, models.mask)
+    _calibrate(setting, models, models.sparse)
+    if kind == "distil" and options.rounding_epochs and any(one.rounded_weights for one in setting.variants):
+        with _timed(models.seconds, "recovery"):
+            models.rounded = _recovered_through_rounding(setting, models)
+        _calibrate(setting, models, models.rounded)
     return models
 
 
@@ -106,6 +121,24 @@ def _recovered(setting: Setting, mask: GlobalMask) -> Checkpoint:
     recipe = DistilRecipe(options.seed, options.recover_epochs or DistilRecipe.epochs)
     text, teacher = setting.recovery, setting.model
     return distilled(student, teacher, setting.tokenizer, text.inputs, recipe, options.cache, mask, text.source)
+
+
+def _recovered_through_rounding(setting: Setting, models: Models) -> Checkpoint:
+    """The sparse checkpoint, distilled further with probabilities rounded to --bits."""
+    options, student = setting.options, _loaded(setting, models.sparse)
+    recipe, table = RoundingRecipe(options.seed, options.rounding_epochs), models.table(options.bits, models.sparse)
+    text, tokenizer = setting.recovery, setting.tokenizer
+    return distilled(
+        student, setting.model, tokenizer, text.inputs, recipe, options.cache, models.mask, text.source, table
+    )
+
+
+def _calibrate(setting: Setting, models: Models, checkpoint: Checkpoint) -> None:
+    """Counts the probabilities that tables are fitted to, where any are."""
+    if models.table_kind != "published":
+        with _timed(models.seconds, "calibration"):
+            model = _loaded(setting, checkpoint)
+            models.probabilities[checkpoint.path] = _probabilities(setting, model, models.mask)
 
 
 def _probabilities(setting: Setting, model: PreTrainedModel, mask: GlobalMask) -> ProbabilityHistogram:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..options import DTYPES, OneLineParser, at_least, folder_to_write, names, number
-from .checkpoints import DistilRecipe
+from .checkpoints import DistilRecipe, RoundingRecipe
 from .recovery import KINDS
 from .shapes import SHAPES
 from .sweeps import SWEEPS, Sweep
@@ -159,6 +159,13 @@ def _add_training(group) -> None:
         "--recover-epochs",
         type=at_least(1),
         help=f"(default: {DistilRecipe.epochs} to distil, --epochs to retrain)",
+    )
+    group.add_argument(
+        "--rounding-epochs",
+        type=at_least(0),
+        default=RoundingRecipe.epochs,
+        help="of --recover distil, after the others, through the rounding of rows with bits; 0: these rows have the "
+        "other sparse rows' weights (default: %(default)s)",
     )
     group.add_argument(
         "--table",

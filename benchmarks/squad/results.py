@@ -83,7 +83,8 @@ def _named(models: Mapping[str | None, Models], name: str) -> dict[str, Models]:
 
 def _checkpoints(models: Mapping[str | None, Models]) -> dict[str, Checkpoint]:
     dense = next(iter(models.values())).dense
-    return {"dense": dense, **{name: found.sparse for name, found in _named(models, "sparse").items()}}
+    rounded = {name: found.rounded for name, found in _named(models, "rounded").items() if found.rounded is not None}
+    return {"dense": dense, **{name: found.sparse for name, found in _named(models, "sparse").items()}, **rounded}
 
 
 def _seconds(models: Mapping[str | None, Models]) -> dict[str, float]:

@@ -132,13 +132,14 @@ class _Bench:
         return self.masks[place]
 
     def _checkpoint(self, variant: Variant) -> Checkpoint:
-        models = self.models[variant.granularity if variant.masked else self.setting.granularities[0]]
-        return models.sparse if variant.masked and variant.own_weights else models.dense
+        return self._models(variant).checkpoint(variant)
+
+    def _models(self, variant: Variant) -> Models:
+        return self.models[variant.granularity if variant.masked else self.setting.granularities[0]]
 
     def _table(self, variant: Variant) -> list | None:
-        if variant.bits is None:
-            return None
-        table = self.models[variant.granularity].table(variant.bits)
+        models = self._models(variant)
+        table = models.table(variant.bits, models.checkpoint(variant))
         return None if table is None else [table.threshold, list(table.levels)]
 
     def _job(self, variant: Variant, mask: GlobalMask | None) -> Job:
@@ -153,7 +154,6 @@ class _Bench:
             compiled=variant.compiled,
             onednn=variant.onednn,
             mask=None if mask is None else str(self.folder / "mask.safetensors"),
-            bits=variant.bits,
             table=self._table(variant),
             dtype=options.dtype,
             device=str(self.setting.device),

@@ -219,13 +219,22 @@ def _unmeasured(results: dict[str, Any]) -> list[str]:
 
 def sparse_training(results: dict[str, Any]) -> str:
     """How the sparse rows got other weights than the dense ones, or ""."""
+    how = _training(results, "sparse")
+    if not how:
+        return ""
+    further = _training(results, "rounded")
+    rounded = f" Those with bits: these weights, {further} through rounding." if further else ""
+    return f"Sparse rows: the dense rows' weights, {how} with the mask applied.{rounded}"
+
+
+def _training(results: dict[str, Any], kind: str) -> str:
+    """How the checkpoints of a kind were made, and in how many epochs; "" where there are none but the dense one."""
     checkpoints = results["checkpoints"]
-    trained = [made for name, made in checkpoints.items() if name.startswith("sparse") and made != checkpoints["dense"]]
+    trained = [made for name, made in checkpoints.items() if name.startswith(kind) and made != checkpoints["dense"]]
     if not trained:
         return ""
     epochs = len(trained[0]["losses"])
-    how = f"{trained[0].get('how') or 'trained'} for {epochs} epoch{'s' if epochs > 1 else ''}"
-    return f"Sparse rows: the dense rows' weights, {how} with the mask applied."
+    return f"{trained[0].get('how') or 'trained'} for {epochs} epoch{'s' if epochs > 1 else ''}"
 
 
 def _notes(results: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ class Variant:
         sparsity: of the global mask; None for the one of --sparsity or --mask.
         bits: width of the probability quantiser; None = off.
         own_weights: whether weights trained with the mask are used, if there are any.
+        rounded_weights: whether those trained through rounding to `bits` are, if there are any.
         onednn: `patch_model`'s.
     """
 
@@ -34,6 +35,7 @@ class Variant:
     sparsity: float | None = None
     bits: int | None = None
     own_weights: bool = True
+    rounded_weights: bool = False
     onednn: bool | None = None
 
     @property
@@ -102,5 +104,5 @@ def table_variants(names: Sequence[str], granularities: Sequence[str], bits: int
             if ours.name in names:
                 rows.append(masked)
             if ours.name + ROUNDED in names and bits is not None:
-                rows.append(replace(masked, bits=bits))
+                rows.append(replace(masked, bits=bits, rounded_weights=True))
     return rows

@@ -38,9 +38,9 @@ class Job:
     Attributes:
         label: text of the progress bar.
         checkpoint: folder or hub name of the model, or the name of a shape.
-        attention, padding, compiled, onednn, bits: of the `Variant`.
+        attention, padding, compiled, onednn: of the `Variant`.
         mask: file of a global mask, or None.
-        table: threshold and levels of the quantiser's table; None for the published one.
+        table: threshold and levels of the quantiser; None for no rounding.
         dtype: name of a torch dtype.
         device: "cpu", or "cuda" with or without a number.
         inputs: file of `write_inputs`, the same for all variants.
@@ -57,7 +57,6 @@ class Job:
     compiled: bool
     onednn: bool | None
     mask: str | None
-    bits: int | None
     table: list | None
     dtype: str
     device: str
@@ -143,8 +142,8 @@ def _prepared(job: Job, model: PreTrainedModel) -> tuple[PreTrainedModel, str | 
     if job.attention == "flex":
         return model, use_flex(model, GlobalMask.load(job.mask))
     if job.attention == "sparse":
-        bits = job.bits if job.table is None else QuantizationTable(job.table[0], tuple(job.table[1]))
-        patch_model(model, GlobalMask.load(job.mask), bits, unpad=job.padding == "none", onednn=job.onednn)
+        table = None if job.table is None else QuantizationTable(*job.table)
+        patch_model(model, GlobalMask.load(job.mask), table, unpad=job.padding == "none", onednn=job.onednn)
         if job.compiled:  # layer by layer: what drops padding between them has shapes that depend on the data
             for layer in _layers(model):
                 layer.compile(dynamic=True)

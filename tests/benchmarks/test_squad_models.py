@@ -12,6 +12,8 @@ from benchmarks.squad.models import make_models
 from benchmarks.squad.options import parse_options
 from benchmarks.squad.seeds import measure_seeds, spread
 from benchmarks.squad.setting import read_setting
+from benchmarks.squad.sweeps import Sweep, swept_variants
+from benchmarks.squad.variants import table_variants
 from sparse_attn import log_table
 from sparse_attn.calibration import rounding_error
 
@@ -98,18 +100,38 @@ def test_tables_are_fitted_to_the_sparse_model(arguments):
     published, calibrated, renormalised = (
         make_models(setting_of(*command, kind)) for kind in ("published", "calibrated", "renormalised")
     )
-    assert published.table(3) is None and calibrated.table(None) is None
-    assert calibrated.table(3).bits == renormalised.table(3).bits == 3
-    factors = [new / old for new, old in zip(renormalised.table(2).levels[1:], log_table(2).levels[1:])]
+
+    def table(models, bits):
+        return models.table(bits, models.sparse)
+
+    assert table(published, 3) == log_table(3) and table(calibrated, None) is None
+    assert table(calibrated, 3).bits == table(renormalised, 3).bits == 3
+    factors = [new / old for new, old in zip(table(renormalised, 2).levels[1:], log_table(2).levels[1:])]
     assert factors == pytest.approx([factors[0]] * 3) and factors[0] != 1
-    errors = [
-        rounding_error(calibrated.probabilities, table)
-        for table in (calibrated.table(2), renormalised.table(2), log_table(2))
-    ]
+    probabilities = calibrated.probabilities[calibrated.sparse.path]
+    errors = [rounding_error(probabilities, table(models, 2)) for models in (calibrated, renormalised, published)]
     assert errors == sorted(errors) and len(set(errors)) == 3
     real = sum(len(window.input_ids) for window in setting_of(*arguments).windows)
-    assert calibrated.probabilities.rows == pytest.approx(real * 2 * 2, rel=1e-5)  # layers x heads
+    assert probabilities.rows == pytest.approx(real * 2 * 2, rel=1e-5)  # layers x heads
     assert {"averages", "mask", "calibration"} == calibrated.seconds.keys()
+
+
+def test_rows_with_bits_are_distilled_further_through_rounding(arguments):
+    command = [*arguments, "--finetune", *SHORT, "--recover-epochs", "1", "--bits", "2", "--table", "calibrated"]
+    plain, rounded = table_variants(["sparse-unpadded", "sparse-unpadded+bits"], ["element"], 2)
+    swept = swept_variants(Sweep("bits", [2]), ["element"])[0]
+    models = make_models(setting_of(*command, "--variants", "sparse-unpadded,sparse-unpadded+bits"))
+    assert models.rounded.path != models.sparse.path and len(models.rounded.losses) == 2
+    assert not torch.equal(query_weights(models.rounded), query_weights(models.sparse))
+    chosen = [models.checkpoint(one) for one in (plain, rounded, swept, table_variants(["sdpa-sorted"], [], None)[0])]
+    assert chosen == [models.sparse, models.rounded, models.sparse, models.dense]
+    tables = {models.table(2, checkpoint) for checkpoint in (models.sparse, models.rounded)}
+    assert len(tables) == 2 and models.probabilities.keys() == {models.sparse.path, models.rounded.path}
+    published = make_models(setting_of(*command, "--table", "published"))
+    assert published.sparse.path == models.sparse.path != published.rounded.path != models.rounded.path
+    for more in (["--rounding-epochs", "0"], ["--variants", "sparse-unpadded"], ["--recover", "none"]):
+        others = make_models(setting_of(*command, *more))
+        assert others.rounded is None and others.checkpoint(rounded) == others.sparse
 
 
 def test_each_seed_draws_its_own_head_and_order(arguments, headless_folder):

@@ -51,9 +51,9 @@ def test_two_processes_train_one_checkpoint(arguments, tmp_path):
     done = launch([*command, "--batch-size", "2", "--repeats", "1", "--table", "renormalised", "--device", "cpu"])
     assert done.returncode == 0, done.stderr
     names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache" / "squad").iterdir())
-    assert names == ["dense", "sparse"]
+    assert names == ["dense", "rounded", "sparse"]
     (row,) = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
-    assert row["checkpoint"].startswith("sparse-") and row["table"] == "renormalised"
+    assert row["checkpoint"].startswith("rounded-") and row["table"] == "renormalised"
 
 
 @pytest.mark.xdist_group("distributed")

@@ -1,7 +1,7 @@
 """What the process behind one row measures."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from benchmarks.squad.feeding import Inputs, write_inputs
 from benchmarks.squad.variants import NAMES, default_names, table_variants
 from benchmarks.squad.worker import Job, main, measure
 from benchmarks.verdicts import Absent
-from sparse_attn import GlobalMask
+from sparse_attn import GlobalMask, log_table
 from sparse_attn.squad.reading import read_squad
 from sparse_attn.squad.windows import collate, length_sorted_batches, make_windows
 
@@ -38,7 +38,6 @@ def job(tmp_path, windows, tokenizer, model_folder):
         compiled=False,
         onednn=None,
         mask=None,
-        bits=None,
         table=None,
         dtype="float32",
         device="cpu",
@@ -99,10 +98,9 @@ def test_logits_are_those_of_each_window_alone(job, windows, expected, attention
 def test_a_mask_and_bits_are_applied(job, expected, saved_mask, padding):
     job = replace(job, attention="sparse", padding=padding, mask=saved_mask(0.0), repeats=1)
     assert_equal_logits(measure(job)[1], expected)
-    _, rounded = measure(replace(job, bits=1))
+    _, rounded = measure(replace(job, table=list(astuple(log_table(1)))))
     assert not torch.allclose(rounded["start"], expected[0], atol=1e-3)
-    table = [0.5, [0.0, 0.0]]  # every probability becomes 0
-    _, zeros = measure(replace(job, bits=1, table=table))
+    _, zeros = measure(replace(job, table=[0.5, [0.0, 0.0]]))  # every probability becomes 0
     assert not torch.allclose(zeros["start"], rounded["start"], atol=1e-3)
     _, pruned = measure(replace(job, mask=saved_mask(0.9)))
     assert not torch.allclose(pruned["start"], expected[0], atol=1e-3)
