@@ -59,7 +59,6 @@ class DistilRecipe:
 class RoundingRecipe(DistilRecipe):
     """How it is distilled further, through rounding."""
 
-    epochs: int = 2
     learning_rate: float = 5e-5
 
 

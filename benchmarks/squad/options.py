@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..options import DTYPES, OneLineParser, at_least, folder_to_write, names, number
-from .checkpoints import DistilRecipe, RoundingRecipe
+from .checkpoints import DistilRecipe
 from .recovery import KINDS
 from .shapes import SHAPES
 from .sweeps import SWEEPS, Sweep
@@ -163,9 +163,9 @@ def _add_training(group) -> None:
     group.add_argument(
         "--rounding-epochs",
         type=at_least(0),
-        default=RoundingRecipe.epochs,
-        help="of --recover distil, after the others, through the rounding of rows with bits; 0: these rows have the "
-        "other sparse rows' weights (default: %(default)s)",
+        default=0,
+        help="of --recover distil, after the others, through the rounding of rows with bits, which get weights of their "
+        "own (default: none)",
     )
     group.add_argument(
         "--table",

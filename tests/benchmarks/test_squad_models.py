@@ -118,6 +118,7 @@ def test_tables_are_fitted_to_the_sparse_model(arguments):
 
 def test_rows_with_bits_are_distilled_further_through_rounding(arguments):
     command = [*arguments, "--finetune", *SHORT, "--recover-epochs", "1", "--bits", "2", "--table", "calibrated"]
+    command += ["--rounding-epochs", "2"]
     plain, rounded = table_variants(["sparse-unpadded", "sparse-unpadded+bits"], ["element"], 2)
     swept = swept_variants(Sweep("bits", [2]), ["element"])[0]
     models = make_models(setting_of(*command, "--variants", "sparse-unpadded,sparse-unpadded+bits"))
