@@ -164,8 +164,8 @@ def _add_training(group) -> None:
         "--rounding-epochs",
         type=at_least(0),
         default=0,
-        help="of --recover distil, after the others, through the rounding of rows with bits, which get weights of their "
-        "own (default: none)",
+        help="of --recover distil, after the others, through the rounding of rows with bits, which so get weights of "
+        "their own (default: none)",
     )
     group.add_argument(
         "--table",
