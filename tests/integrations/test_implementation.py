@@ -1,0 +1,116 @@
+"""Which attention transformers runs in a model: set, given back, never that of another model with the same config."""
+
+import pytest
+import torch
+from transformers import (
+    BertForSequenceClassification,
+    BertModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+)
+from transformers.models.bert import modeling_bert
+
+from sparse_attn import GlobalMask, is_patched, patch_bert, unpatch
+from sparse_attn.integrations import routing
+from tests.helpers import DEVICE
+from tests.integrations.conftest import close, device_inputs, run, small_config
+
+MASK = GlobalMask.random(2, 2, 32, sparsity=0.7)
+
+
+@pytest.fixture
+def model(model):
+    """The small BERT on the GPU where there is one, else on the CPU with Triton's interpreter."""
+    return model.to(DEVICE)
+
+
+def test_two_models_from_one_config_are_independent():
+    config = small_config()
+    first, second = BertModel(config).eval().to(DEVICE), BertModel(config).eval().to(DEVICE)
+    inputs = device_inputs()
+    before = run(second, inputs).last_hidden_state
+    patch_bert(first, MASK)
+    assert second.config._attn_implementation == config._attn_implementation != first.config._attn_implementation
+    torch.testing.assert_close(run(second, inputs).last_hidden_state, before)
+
+
+def with_head(config):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(config).eval().to(DEVICE)
+
+
+@pytest.mark.parametrize("first_inner", [True, False])
+@pytest.mark.parametrize("then_inner", [True, False])
+@pytest.mark.parametrize("unpatched_inner", [True, False])
+def test_a_model_and_the_one_inside_it(first_inner, then_inner, unpatched_inner):
+    """Either may be patched, again and unpatched; another model built from the same config notices nothing."""
+    config, inputs = small_config(), device_inputs()
+    model, other = with_head(config), with_head(config)
+    dense = run(other, inputs).logits
+
+    def part(inner):
+        return model.bert if inner else model
+
+    for _ in range(2):
+        patch_bert(part(first_inner), MASK)
+        patch_bert(part(then_inner), MASK)
+        assert not torch.allclose(run(model, inputs).logits, dense)
+        assert torch.equal(run(other, inputs).logits, dense)
+        unpatch(part(unpatched_inner))
+        assert not is_patched(model) and model.bert.config._attn_implementation == "sdpa"
+        torch.testing.assert_close(run(model, inputs).logits, dense)
+
+
+def test_an_encoder_and_a_decoder_have_configs_of_their_own():
+    decoder = small_config(is_decoder=True, add_cross_attention=True, decoder_start_token_id=0)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(small_config(), decoder)
+    model, other = (EncoderDecoderModel(config).eval().to(DEVICE) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    inputs = device_inputs()
+    inputs = inputs | {"decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": inputs["attention_mask"]}
+    inputs.pop("token_type_ids", None)
+    dense = run(other, inputs).logits
+    patch_bert(model, GlobalMask.random(4, 2, 32, sparsity=0.7))
+    assert model.config.encoder is model.encoder.config and model.config.decoder is model.decoder.config
+    assert not torch.allclose(run(model, inputs).logits, dense)
+    assert torch.equal(run(other, inputs).logits, dense)
+    torch.testing.assert_close(run(unpatch(model), inputs).logits, dense)
+
+
+def test_another_attention_set_after_patching_is_named(model):
+    inputs = device_inputs()
+    before = run(patch_bert(model, MASK), inputs).last_hidden_state
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"patched, but its attention implementation was set to 'eager'.*unpatch"):
+        run(model, inputs)
+    model.set_attn_implementation("sparse_attn")
+    assert torch.equal(run(model, inputs).last_hidden_state, before)
+    model.set_attn_implementation("eager")
+    run(unpatch(model), inputs)
+
+
+def test_the_implementation_without_a_mask_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = BertModel.from_pretrained(tmp_path, attn_implementation="sparse_attn").to(DEVICE)
+    with pytest.raises(ValueError, match=r"has no mask: patch_bert\(model, mask\) patches it"):
+        run(loaded, device_inputs())
+    run(patch_bert(loaded, MASK), device_inputs())
+    run(unpatch(loaded), device_inputs())
+
+
+def test_loaded_with_any_attention_implementation(model, twin, tmp_path):
+    model.save_pretrained(tmp_path)
+    inputs = device_inputs()
+    for implementation in ("eager", "sdpa"):
+        loaded = BertModel.from_pretrained(tmp_path, attn_implementation=implementation).eval().to(DEVICE)
+        patch_bert(loaded, MASK)
+        close(run(loaded, inputs).last_hidden_state, twin(MASK.keep, inputs).last_hidden_state, inputs)
+        assert unpatch(loaded).config._attn_implementation == implementation
+
+
+def test_registered_name_is_accepted_by_transformers(model):
+    """Both registries know the name; without the mask function, padding would be ignored silently."""
+    assert routing.ATTENTION_NAME in modeling_bert.ALL_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    assert routing.ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
