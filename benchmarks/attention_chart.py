@@ -9,7 +9,7 @@ from .attention_results import Row, find_rows, flops_per_byte, groups, useful_fl
 from .attention_table import milliseconds
 from .attention_variants import OWN_NAMES
 from .attention_workloads import FORWARD, PASSES
-from .pages import rate, save_svg
+from .pages import rate, row_name, save_svg
 
 _COLORS = {"ours": "#1f6fb2", "peer, masked": "#c9852b", "peer, dense": "#9aa5b1"}
 _MARKERS = "osD^vPX*"
@@ -116,9 +116,7 @@ def _family(row: Row) -> str:
 
 
 def _name(row: Row) -> str:
-    """For example "triton, tile, 3 bits"."""
-    bits = "" if row["bits"] is None else f", {row['bits']} bits"
-    return f"{row['variant']}, {row['mask']}{bits}"
+    return row_name(row["variant"], row["mask"], bits=row["bits"])
 
 
 def _figure(width: float, height: float):

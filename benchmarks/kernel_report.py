@@ -1,21 +1,25 @@
 """Compiles the shipped kernel configurations for GPUs without one: registers, spills, shared memory, matrix unit.
 
     python -m benchmarks.kernel_report [--kernels forward] [--targets sm_90 gfx942]
-        [--variants padded "3 bits"] [--head-dims 64] [--json OUT]
+        [--variants padded "3 bits"] [--head-dims 64] [--recorded] [--csv OUT]
+    python -m benchmarks.kernel_report --update
 
-Needs Triton alone; TRITON_INTERPRET must not be set.
+The second command brings the committed record of all of them (`compiled_kernels.py`) up to date, after a change to the
+kernels or their tables. Needs Triton alone; TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +31,9 @@ from triton.compiler import ASTSource
 from sparse_attn.kernels.backward import grad_key_value_kernel, grad_query_kernel
 from sparse_attn.kernels.configuration import KERNELS, TABLES, KernelConfig, Problem, read_table
 from sparse_attn.kernels.forward import forward_kernel
-from sparse_attn.kernels.launch import common_constants
+from sparse_attn.kernels.launch import common_constants, compile_options
+
+from .compiled_kernels import Compiled, read_compiled, record_path, write_compiled
 
 _FUNCTIONS = {"forward": forward_kernel, "grad_query": grad_query_kernel, "grad_key_value": grad_key_value_kernel}
 _POINTERS = {
@@ -39,26 +45,10 @@ _ELEMENTS = ("query", "key", "value", "output", "grad_output", "grad_query", "gr
 _FLOATS = ("scale", "scale_log2", "log2_threshold", "step", "dropout_factor")
 
 
-@dataclass(frozen=True)
-class Target:
-    """What code is made for: `shared_limit` is the shared memory that one block can have, in bytes."""
-
-    gpu: GPUTarget
-    shared_limit: int
-
-    @property
-    def amd(self) -> bool:
-        return self.gpu.backend == "hip"
-
-
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 166912),
-    "sm_86": Target(GPUTarget("cuda", 86, 32), 101376),
-    "sm_89": Target(GPUTarget("cuda", 89, 32), 101376),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 232448),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 232448),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 65536),
-}
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_86": GPUTarget("cuda", 86, 32), "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32), "gfx942": GPUTarget("hip", "gfx942", 64),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,24 +73,6 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What came out for one configuration: registers and spilled bytes a thread, shared memory in bytes a block, and
-    the instructions of the matrix unit."""
-
-    table: str
-    kernel: str
-    variant: str
-    target: str
-    head_dim: int
-    dtype: str
-    config: KernelConfig
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    matrix_instructions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Job:
     """One kernel to compile: an entry of the tuning table of that name, for a kind of call and a target."""
 
@@ -112,14 +84,33 @@ class Job:
     target: str
 
 
-def compile_job(job: Job) -> Compiled:
-    """Compiles a kernel for one configuration and reads the machine code."""
-    variant, target = VARIANTS[job.variant], TARGETS[job.target]
+def compile_job(job: Job, known: dict[str, Compiled] | None = None) -> Compiled:
+    """Compiles a kernel for one configuration and reads the machine code, or takes its facts from `known`, whose keys
+    are identities."""
+    source, options, target = _source(job), compile_options(job.config), TARGETS[job.target]
+    given = (triton.__version__, source.hash(), str(target), str(sorted(options.items())))
+    identity = hashlib.sha256("\n".join(given).encode()).hexdigest()[:16]
+    if known and identity in known:
+        same = known[identity]
+        facts = same.registers, same.spilled_bytes, same.shared_bytes, same.matrix
+    else:
+        compiled = triton.compile(source, target=target, options=options)
+        registers, spilled, matrix = (_read_amd if target.backend == "hip" else _read_nvidia)(compiled)
+        facts = registers, spilled, compiled.metadata.shared, " ".join(matrix)
+    dtype, config = str(job.dtype).removeprefix("torch."), job.config
+    cut = config.rows, config.columns, config.held, int(config.split), config.num_warps, config.num_stages
+    problem = job.problem
+    return Compiled(identity, job.table, problem.kernel, job.variant, job.target, problem.head_dim, dtype, *cut, *facts)
+
+
+def _source(job: Job) -> ASTSource:
+    variant = VARIANTS[job.variant]
     function = _FUNCTIONS[job.problem.kernel]
     options = variant.options
     if job.config.split and not options.get("full"):
         options = {**options, "parts": 2, "full": True}
-    constants = common_constants(job.problem.head_dim, job.config, job.dtype, amd=target.amd, **options)
+    amd = TARGETS[job.target].backend == "hip"
+    constants = common_constants(job.problem.head_dim, job.config, job.dtype, amd=amd, **options)
     constants |= dict(LEVELS=8 if variant.rounded else 0, MID_POINTS=variant.mid_points, ROUNDED=variant.rounded)
     constants |= dict(HELD=job.config.held, STORE_LSE=True)
     signature, divisible = {}, {}
@@ -129,14 +120,7 @@ def compile_job(job: Job) -> Compiled:
             divisible[(position,)] = [["tt.divisibility", 16]]
     constants |= {name: 1 for name in function.arg_names if name.startswith("stride") and name.endswith("_dim")}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    source = ASTSource(function, signature, constants, divisible)
-    stages = {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
-    compiled = triton.compile(source, target=target.gpu, options=stages)
-    registers, spilled, matrix = _read_amd(compiled) if target.amd else _read_nvidia(compiled)
-    return Compiled(
-        job.table, job.problem.kernel, job.variant, job.target, job.problem.head_dim,
-        str(job.dtype).removeprefix("torch."), job.config, registers, spilled, compiled.metadata.shared, matrix,
-    )  # fmt: skip
+    return ASTSource(function, signature, constants, divisible)
 
 
 def _type_of(name: str, dtype: torch.dtype, constants: dict[str, object]) -> str:
@@ -173,9 +157,10 @@ def jobs(kernels: list[str], targets: list[str], variants: list[str], head_dims:
     return list(found.values())
 
 
-def compile_all(wanted: list[Job], processes: int) -> list[Compiled]:
+def compile_all(wanted: list[Job], processes: int, known: Iterable[Compiled] = ()) -> list[Compiled]:
+    by_identity = {one.identity: one for one in known}
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compile_job, wanted, chunksize=4))
+        return list(pool.map(partial(compile_job, known=by_identity), wanted, chunksize=4))
 
 
 def _read_nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, tuple[str, ...]]:
@@ -211,20 +196,26 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--head-dims", nargs="+", type=int, choices=(32, 64, 128, 256), help="default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--recorded", action="store_true", help="take what is unchanged from the committed record")
+    parser.add_argument("--update", action="store_true", help="compile what the record lacks, and write it")
+    parser.add_argument("--csv", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     wanted = jobs(arguments.kernels, arguments.targets, arguments.variants, arguments.head_dims)
-    results = compile_all(wanted, arguments.processes)
+    if arguments.update and wanted != jobs(list(KERNELS), list(TARGETS), list(VARIANTS)):
+        parser.error("--update records all kernels, targets, variants and head_dims: leave these options out")
+    record = record_path(triton.__version__)
+    known = read_compiled(record) if arguments.recorded or arguments.update else []
+    results = compile_all(wanted, arguments.processes, known)
     columns = "{:>12} {:>14} {:>8} {:>9} {:>18} {:>7} {:>14} {:>9} {:>8} {:>8}  {}"
     measured = ("cut", "registers", "spilled", "shared", "matrix")
     print(columns.format("table", "kernel", "head_dim", "dtype", "variant", "target", *measured))
     for one in results:
-        cut = f"{one.config.rows}x{one.config.columns}" + (f"/{one.config.held}" if one.config.held else "")
+        cut = f"{one.rows}x{one.columns}" + (f"/{one.held}" if one.held else "")
         named = (one.table, one.kernel, one.head_dim, one.dtype, one.variant, one.target, cut)
-        matrix = " ".join(one.matrix_instructions) or "-"
-        print(columns.format(*named, one.registers, one.spilled_bytes, one.shared_bytes, matrix))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in results], indent=1))
+        print(columns.format(*named, one.registers, one.spilled_bytes, one.shared_bytes, one.matrix or "-"))
+    for path in (arguments.csv, record if arguments.update else None):
+        if path:
+            write_compiled(results, path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 from sparse_attn import GlobalMask, patch_bert
 from sparse_attn.bitpacking import PackedMask
 
+from .pages import row_name
 from .squad.peers import use_flex
 from .synthetic_masks import synthetic_mask
 from .verdicts import Wrong
@@ -57,8 +58,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        bits = "" if self.bits is None else f", {self.bits} bits"
-        return f"{self.name}, {self.mask}{bits}"
+        return row_name(self.name, self.mask, bits=self.bits)
 
 
 def variants_on(device: torch.device) -> list[Variant]:

@@ -50,6 +50,14 @@ def timed_passes(run_pass: Callable[[], Result], device: torch.device, repeats: 
     return Timed(warm_up_seconds, [seconds for seconds, _ in passes], joules, passes[-1][1])
 
 
+@contextmanager
+def add_seconds(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds how long the block takes to what `seconds` has under `name`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
 def _timed(run_pass: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     synchronize(device)
     start = time.perf_counter()

@@ -80,6 +80,12 @@ def save_svg(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 
+def row_name(*parts: str | None, bits: int | None) -> str:
+    """For example "triton, tile, 3 bits". None stands for what a row does not have."""
+    rounding = None if bits is None else f"{bits} bits"
+    return ", ".join(part for part in (*parts, rounding) if part is not None)
+
+
 def rate(value: float, unit: str) -> str:
     """For example "4.21 TB/s"."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .pages import row_name
 from .squad.summary import fastest, fastest_peer
 from .squad.table import is_own, mask_text
 
@@ -102,9 +103,8 @@ def long_goals(results: Results) -> Iterator[Reached]:
     peers = [row for row in results["rows"] if row["mask"] == "dense"]
     if own and peers:
         best, peer = (min(rows, key=lambda row: row["p50_s"]) for rows in (own, peers))
-        bits = "" if best["bits"] is None else f", {best['bits']} bits"
-        what = f"{best['variant']}, {best['mask']}{bits} against {peer['variant']}"
-        yield at_least(what, peer["p50_s"] / best["p50_s"], _LONG)
+        name = row_name(best["variant"], best["mask"], bits=best["bits"])
+        yield at_least(f"{name} against {peer['variant']}", peer["p50_s"] / best["p50_s"], _LONG)
 
 
 def collection_goals(results: Results) -> Iterator[Reached]:
@@ -117,6 +117,4 @@ def collection_goals(results: Results) -> Iterator[Reached]:
 
 
 def _named(row: Row) -> str:
-    bits = "" if row["bits"] is None else f", {row['bits']} bits"
-    mask = f", {mask_text(row)}" if row["mask"] is not None else ""
-    return f"{row['variant']}{mask}{bits}"
+    return row_name(row["variant"], None if row["mask"] is None else mask_text(row), bits=row["bits"])

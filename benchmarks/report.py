@@ -1,8 +1,9 @@
 """Renders the committed results into the pages and pictures that show them: `python -m benchmarks.report [--check]`.
 
 Results lie in benchmarks/results/<device>/: attention-*.json (of these, the newest of each device and dtype is shown),
-squad-*.json, long-*.json and collect-*.json, as the benchmarks of these names write them. Pages show them between
-markers; nothing there is typed by hand. --check writes nothing and fails if a page is out of date.
+squad-*.json, long-*.json and collect-*.json, as the benchmarks of these names write them, and beside the folders what
+`kernel_report` recorded. Pages show them between markers; nothing there is typed by hand. --check writes nothing and
+fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from . import collect, long
 from .attention_chart import draw_roofline, draw_times
 from .attention_results import newest_results
 from .attention_table import SUMMARY_COLUMNS, goal_lines, measured_lines, summary_rows
+from .compiled_kernels import compiled_section
 from .device import ROOT
 from .pages import between_markers, save_svg, table_lines
 from .pass_goals import collection_goals, long_goals, squad_goals
@@ -126,6 +128,7 @@ SECTIONS = (
     Section(README, "squad", squad_summary),
     Section(README, "attention", attention_summary),
     Section(SQUAD, "squad", squad_section),
+    Section(PERFORMANCE, "kernels", compiled_section),
     Section(PERFORMANCE, "pass", pass_section),
     Section(PERFORMANCE, "attention", attention_section),
     Section(ATTENTION, "attention", attention_rows),

@@ -58,6 +58,11 @@ def common_constants(
     )
 
 
+def compile_options(config: KernelConfig) -> dict[str, int | bool]:
+    """What Triton's compiler is told about a kernel. Multiply-adds are asked for: Triton's default for them changes."""
+    return dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+
+
 def forward(call: AttentionCall, output: Tensor, lse: Tensor, lists: StepLists, config: KernelConfig) -> None:
     """Writes `output`, whose last dimension is contiguous, and `lse`, unless it is empty. `lists` are for
     `config.rows` queries."""
@@ -76,7 +81,7 @@ def forward(call: AttentionCall, output: Tensor, lse: Tensor, lists: StepLists, 
         sizes.query_len, sizes.key_len, call.query_offset,
         call.scale * math.log2(math.e), *_bins(call.table), *_dropout(call),
         **_constants(call, config, lists, tiles), **_rounding_constants(call.table),
-        HELD=config.held, STORE_LSE=lse.numel() > 0, num_warps=config.num_warps, num_stages=config.num_stages,
+        HELD=config.held, STORE_LSE=lse.numel() > 0, **compile_options(config),
     )  # fmt: skip
 
 
@@ -99,7 +104,7 @@ def backward_query(
         sizes.query_len, sizes.key_len, call.query_offset,
         call.scale, call.scale * math.log2(math.e), *_dropout(call),
         **_constants(call, config, lists, tiles), ROUNDED=call.table is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **compile_options(config),
     )  # fmt: skip
 
 
@@ -122,7 +127,7 @@ def backward_key_value(
         sizes.query_len, sizes.key_len, call.query_offset,
         call.scale, call.scale * math.log2(math.e), *_bins(call.table), *_dropout(call),
         **_constants(call, config, transposed, tiles), **_rounding_constants(call.table),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **compile_options(config),
     )  # fmt: skip
 
 

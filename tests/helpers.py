@@ -1,4 +1,4 @@
-"""What tests of attention share: where a backend can run, random inputs, and how wrong a result may be."""
+"""What tests share: where a backend can run, random inputs, how wrong a result may be, and a model's weights."""
 
 from __future__ import annotations
 
@@ -61,3 +61,8 @@ def gradients(tensors, layout, grad_output, backend, **arguments) -> tuple[Tenso
     torch.manual_seed(3)
     output = sparse_attention(*leaves, layout, backend=backend, **arguments)
     return torch.autograd.grad(output, leaves, grad_output)
+
+
+def weights(model: torch.nn.Module) -> Tensor:
+    """All parameters, side by side."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from sparse_attn import GlobalMask, distil, is_patched, patch_bert
 from sparse_attn.distillation import hidden_loss, logits_loss, text_windows
+from tests.helpers import weights
 from tests.integrations.conftest import small_config
 
 SETTINGS = {"epochs": 4, "learning_rate": 2e-3, "batch_size": 8, "progress": False}
@@ -41,10 +42,6 @@ def teacher_of(head=BertForQuestionAnswering):
 
 def student_of(teacher, bits=None):
     return patch_bert(copy.deepcopy(teacher), GlobalMask.random(2, 2, 24, sparsity=0.8), bits)
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.parametrize("bits", [None, 3])

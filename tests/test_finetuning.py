@@ -10,6 +10,7 @@ from sparse_attn import GlobalMask, is_patched, patch_bert
 from sparse_attn.finetuning import finetune_question_answering
 from sparse_attn.squad.windows import Window
 from sparse_attn.training import LengthGroupedBatches
+from tests.helpers import weights
 
 BEFORE_ANSWER, AFTER_ANSWER = 3, 4  # two tokens that mark the answer
 SETTINGS = {"epochs": 6, "learning_rate": 5e-3, "batch_size": 16, "progress": False}
@@ -39,10 +40,6 @@ def tiny_model() -> BertForQuestionAnswering:
             max_position_embeddings=24,
         )
     )
-
-
-def weights(model) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def test_a_model_learns_and_the_seed_decides():

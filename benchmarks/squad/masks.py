@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from sparse_attn.progress import with_progress
 from sparse_attn.squad.windows import Window, collate, length_sorted_batches
 
 from ..launched import is_first
+from ..measure import add_seconds
 from .checkpoints import input_names
 from .setting import Setting
 from .shapes import stretched
@@ -25,10 +25,8 @@ def make_mask(setting: Setting, granularity: str | None, sparsity: float, second
     if setting.given_mask is not None:
         return setting.given_mask
     averages = _averages(setting, seconds)
-    start = time.perf_counter()
-    mask = stretched(GlobalMask.from_averages(averages, sparsity, granularity=granularity), setting.layers)
-    seconds["mask"] = seconds.get("mask", 0.0) + time.perf_counter() - start
-    return mask
+    with add_seconds(seconds, "mask"):
+        return stretched(GlobalMask.from_averages(averages, sparsity, granularity=granularity), setting.layers)
 
 
 def model_batches(setting: Setting, windows: Sequence[Window], description: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -44,14 +42,13 @@ def _averages(setting: Setting, seconds: dict[str, float]) -> AttentionAverages:
     """Those of this seed's dense model; collected when first asked for."""
     seed = setting.options.seed
     if seed not in setting.averages:
-        start = time.perf_counter()
-        setting.averages[seed] = collect_averages(
-            setting.model,
-            model_batches(setting, setting.averages_windows, "average attention"),
-            max_length=setting.options.max_length,
-            progress=False,
-            model_name=setting.model_name,
-            data_name=setting.averages_from,
-        )
-        seconds["averages"] = time.perf_counter() - start
+        with add_seconds(seconds, "averages"):
+            setting.averages[seed] = collect_averages(
+                setting.model,
+                model_batches(setting, setting.averages_windows, "average attention"),
+                max_length=setting.options.max_length,
+                progress=False,
+                model_name=setting.model_name,
+                data_name=setting.averages_from,
+            )
     return setting.averages[seed]

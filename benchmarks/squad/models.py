@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +18,7 @@ from sparse_attn import (
     renormalised_table,
 )
 
+from ..measure import add_seconds
 from .checkpoints import Checkpoint, DistilRecipe, Recipe, RoundingRecipe, distilled, finetuned, load_model
 from .masks import make_mask, model_batches
 from .recovery import recover_kind
@@ -84,7 +82,7 @@ def make_models(setting: Setting, seed: int | None = None) -> Models:
     setting = replace(setting.with_options(seed=seed), model=model)
     options = setting.options
     if setting.head_windows is not None:
-        with _timed(models.seconds, "finetuning_dense"):
+        with add_seconds(models.seconds, "finetuning_dense"):
             untrained, recipe = copy.deepcopy(model), Recipe(options.epochs, seed)
             models.dense = finetuned(untrained, setting.tokenizer, setting.head_windows, recipe, options.cache)
             setting.model = _loaded(setting, models.dense)
@@ -94,11 +92,11 @@ def make_models(setting: Setting, seed: int | None = None) -> Models:
     models.mask = make_mask(setting, setting.granularities[0], options.sparsity, models.seconds)
     kind = recover_kind(options)
     if kind != "none":
-        with _timed(models.seconds, "recovery"):
+        with add_seconds(models.seconds, "recovery"):
             models.sparse = _recovered(setting, models.mask)
     _calibrate(setting, models, models.sparse)
     if kind == "distil" and options.rounding_epochs and any(one.rounded_weights for one in setting.variants):
-        with _timed(models.seconds, "recovery"):
+        with add_seconds(models.seconds, "recovery"):
             models.rounded = _recovered_through_rounding(setting, models)
         _calibrate(setting, models, models.rounded)
     return models
@@ -136,7 +134,7 @@ def _recovered_through_rounding(setting: Setting, models: Models) -> Checkpoint:
 def _calibrate(setting: Setting, models: Models, checkpoint: Checkpoint) -> None:
     """Counts the probabilities that tables are fitted to, where any are."""
     if models.table_kind != "published":
-        with _timed(models.seconds, "calibration"):
+        with add_seconds(models.seconds, "calibration"):
             model = _loaded(setting, checkpoint)
             models.probabilities[checkpoint.path] = _probabilities(setting, model, models.mask)
 
@@ -150,10 +148,3 @@ def _probabilities(setting: Setting, model: PreTrainedModel, mask: GlobalMask) -
 
 def _loaded(setting: Setting, checkpoint: Checkpoint) -> PreTrainedModel:
     return load_model(checkpoint.path, setting.options.trust_remote_code)[0].to(setting.device)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..pages import ABSENT
+from ..pages import ABSENT, row_name
 from .table import COLUMNS, PUBLISHED, cells, is_own, sparse_training
 
 Row = dict[str, Any]
@@ -41,14 +41,13 @@ def summary_cells(results: dict[str, Any], link: str) -> list[str]:
     F1 and memory are the baseline's and that row's. `link` leads to the file."""
     baseline, peer, own = results["rows"][0], fastest_peer(results), fastest(filter(is_own, results["rows"]))
     shown = {name: dict(zip(COLUMNS, cells(row))) for name, row in (("dense", baseline), ("sparse", own))}
-    mask = [shown["sparse"]["mask"], *([] if own["bits"] is None else [f"{own['bits']} bits"])]
     return [
         f"[{heading(results)}]({link})",
         results["device"],
         shown["dense"]["seconds"],
         f"{peer['variant']} {dict(zip(COLUMNS, cells(peer)))['seconds']}",
         f"{own['variant']} {shown['sparse']['seconds']}",
-        ", ".join([*mask, *(["trained with it"] if sparse_training(results) else [])]),
+        row_name(shown["sparse"]["mask"], bits=own["bits"]) + (", trained with it" if sparse_training(results) else ""),
         f"{baseline['seconds'] / own['seconds']:.2f}x",
         f"{peer['seconds'] / own['seconds']:.2f}x",
         *_changes(shown["dense"], shown["sparse"]),

@@ -48,19 +48,19 @@ class AttentionSums:
         self._layer, self._batch = 0, []
 
     def add_layer(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Packing | Tensor | None, scale: float, causal: bool
+        self, query: Tensor, key: Tensor, value: Tensor, real: Packing | Tensor | None, scale: float, causal: bool
     ) -> Tensor | None:
         """Attention of the next layer, added to its sums.
 
         Args:
             query, key, value: [batch, heads, length, head_dim], or [1, heads, tokens, head_dim] with a Packing.
-            padding: bool [batch, length], true = real; None where all are real.
+            real: bool [batch, length], or the packing; None where all are.
 
         Returns:
             [batch, length, heads, head_dim], zero at padding; None after the last layer, which is not computed.
         """
         if self._layer == 0:
-            self._batch = _sequences(query, padding)
+            self._batch = _sequences(query, real)
             self._count(query.device, causal)
         layer, self._layer = self._layer, self._layer + 1
         last = self._layer == self.layers
@@ -143,15 +143,15 @@ class AttentionSums:
         self.counts[:longest, :longest] += pairs.tril() if causal else pairs
 
 
-def _sequences(query: Tensor, padding: Packing | Tensor | None) -> list[_Sequence]:
-    if isinstance(padding, Packing):
-        starts = padding.cu_seqlens.tolist()
+def _sequences(query: Tensor, real: Packing | Tensor | None) -> list[_Sequence]:
+    if isinstance(real, Packing):
+        starts = real.cu_seqlens.tolist()
         bounds = list(zip(starts, starts[1:]))
-        if padding.padding is None:
+        if real.real is None:
             return [_Sequence(0, slice(*bound), bound[1] - bound[0], None) for bound in bounds]
-        positions = padding.places % padding.length
+        positions = real.places % real.length
         return [_Sequence(0, slice(*bound), bound[1] - bound[0], positions[slice(*bound)]) for bound in bounds]
-    if padding is None:
+    if real is None:
         return [_Sequence(row, slice(query.shape[2]), query.shape[2], None) for row in range(query.shape[0])]
-    real = [row.nonzero()[:, 0] for row in padding]
-    return [_Sequence(row, positions, len(positions), positions) for row, positions in enumerate(real)]
+    places = [row.nonzero()[:, 0] for row in real]
+    return [_Sequence(row, positions, len(positions), positions) for row, positions in enumerate(places)]

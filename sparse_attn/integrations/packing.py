@@ -19,8 +19,8 @@ class Packing:
             beyond them, for numbers of rows that recur; these repeat the last token and mean nothing.
         cu_seqlens: int32 [batch + 1], cumulative numbers of real tokens.
         longest: the greatest of them.
-        padding: bool [batch, length], true = real, where padding is elsewhere than at the end; None otherwise. There a
-            token's place among the packed ones is not its position.
+        real: bool [batch, length], the padding mask, where padding is elsewhere than at the end; None otherwise. There
+            a token's place among the packed ones is not its position.
     """
 
     batch: int
@@ -29,7 +29,7 @@ class Packing:
     places: Tensor
     cu_seqlens: Tensor
     longest: int
-    padding: Tensor | None
+    real: Tensor | None
 
     @classmethod
     def of(cls, real: Tensor) -> Packing | bool:

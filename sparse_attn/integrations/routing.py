@@ -162,12 +162,12 @@ def sparse_attention_forward(
     packing = attention_mask
     # [tokens, heads, head_dim]
     tokens = [tensor[0].transpose(0, 1)[: packing.tokens] for tensor in (query, key, value)]
-    if packing.padding is None and not wanted:
+    if packing.real is None and not wanted:
         packed = dict(cu_seqlens=packing.cu_seqlens, max_length=packing.longest)
         output = sparse_attention(*tokens, layout, backend=state.backend, **packed, **call)
         return packing.with_all_rows(output).unsqueeze(0), None
     padded = [packing.padded(tensor).transpose(1, 2) for tensor in tokens]
-    real = packing.padding
+    real = packing.real
     if real is None:
         real = packing.padded(packing.places.new_ones(packing.tokens, dtype=torch.bool))
     output, probabilities = _padded(*padded, real, layout, call, state.backend, wanted)
@@ -252,12 +252,12 @@ def _dense(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    padding: Tensor | None,
+    real: Tensor | None,
     scaling: float | None,
     dropout: float,
     causal: bool,
 ) -> Tensor:
-    allowed = None if padding is None else padding[:, None, None, :]
+    allowed = None if real is None else real[:, None, None, :]
     output = scaled_dot_product_attention(
         query, key, value, allowed, dropout_p=dropout, scale=scaling, is_causal=causal
     )

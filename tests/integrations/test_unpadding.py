@@ -207,11 +207,11 @@ def test_one_sequence_with_hardly_any_padding(place):
 def test_packing_there_and_back():
     real = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
     packing = Packing.of(real)
-    assert (packing.longest, packing.tokens, packing.padding) == (3, 5, None)
+    assert (packing.longest, packing.tokens, packing.real) == (3, 5, None)
     assert packing.cu_seqlens.tolist() == [0, 2, 2, 5] and packing.cu_seqlens.dtype == torch.int32
     padded = torch.randn(3, 4, 2)
     assert torch.equal(packing.padded(packing.packed(padded)[0]), padded * real[..., None])
-    assert Packing.of(real.flip(1)).padding is not None
+    assert Packing.of(real.flip(1)).real is not None
     with torch.no_grad():
         assert Packing.of(torch.arange(140).view(1, -1) < 130).rows == 132
         assert Packing.of(torch.arange(131).view(1, -1) < 130).rows == 130  # never the shape that it has with padding

@@ -1,22 +1,25 @@
 """Every shipped kernel configuration compiles for GPUs without one, and fits them."""
 
-import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.compiled_kernels import SHARED_LIMITS, Compiled, read_compiled, record_path, write_compiled
+
+TRITON = pytest.importorskip("triton").__version__
 ROOT = Path(__file__).parents[2]
 # A few bytes of wide configurations spill, most where float32 rows of 256 leave no room; more is a regression. Those of
 # a measured table were the fastest on its GPU, spills and all.
 # Triton 3.6, which torch 2.11 brings, spills more: at head_dim 64 on chips older than sm_90, at 128 on gfx942.
 OLDER_THAN_SM_90 = ("sm_80", "sm_86", "sm_89")
-TRITON_36 = pytest.importorskip("triton").__version__.startswith("3.6.")
+TRITON_36 = TRITON.startswith("3.6.")
 SPILL_LIMIT_BYTES = {32: 24, 64: 48, 128: 288, 256: 1024} if TRITON_36 else {32: 16, 64: 16, 128: 128, 256: 1024}
 MEASURED_SPILL_LIMIT_BYTES = 128
-# Kinds that COMPILE=all alone looks at, of the default table: kernel, variant, head_dim, chip.
+# More of the default table: kernel, variant, head_dim, chip.
 SPILL_LIMIT_BYTES_OF = {
     ("grad_query", "padded", 64, "sm_86"): 24,
     ("grad_query", "padded", 64, "sm_89"): 24,
@@ -29,60 +32,63 @@ MATRIX_INSTRUCTIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory) -> list[dict]:
-    """Configurations compiled in processes without the interpreter. With COMPILE=all in the environment every one for
-    every chip and kind of call, which takes many minutes. Otherwise all for sm_90, with padding and rounded; for other
-    chips the heavier kind, on those that are sm_80 with less shared memory at two head_dims; and other kinds of call
-    for one chip and head_dim."""
-    folder = tmp_path_factory.mktemp("report")
-    if os.environ.get("COMPILE") == "all":
-        kinds = ["padded", "tile", "3 bits", "3 bits, calibrated", "causal, dropout"]
-        return _report(folder / "all.json", list(MATRIX_INSTRUCTIONS), kinds)
-    return [
-        *_report(folder / "sm_90.json", ["sm_90"], ["padded", "3 bits"]),
-        *_report(folder / "others.json", ["sm_80", "sm_100", "gfx942"], ["3 bits"]),
-        *_report(folder / "smaller.json", ["sm_86", "sm_89"], ["3 bits"], ["64", "256"]),
-        *_report(folder / "kinds.json", ["sm_90"], ["3 bits, calibrated", "causal, dropout"], ["64"]),
-    ]
-
-
-def _report(out: Path, targets: list[str], variants: list[str], head_dims: list[str] | None = None) -> list[dict]:
+def _report(folder: Path, *options: str) -> list[Compiled]:
+    """What a process without the interpreter compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_report", "--json", str(out)]
-    command += ["--targets", *targets, "--variants", *variants, "--processes", "2"]
-    command += ["--head-dims", *head_dims] if head_dims else []
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_report", "--csv", str(folder / "report.csv")]
+    command += ["--processes", "2", *options]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=3600)
-    return json.loads(out.read_text())
+    return read_compiled(folder / "report.csv")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> list[Compiled]:
+    """All configurations for all chips and kinds of call, as recorded; what changed since then is compiled, which takes
+    minutes if it is much. With a Triton that has no record, those for sm_90 with padding and rounded."""
+    recorded = record_path(TRITON).exists()
+    options = ["--recorded"] if recorded else ["--targets", "sm_90", "--variants", "padded", "3 bits"]
+    return _report(tmp_path_factory.mktemp("report"), *options)
+
+
+def test_the_record_says_what_the_compiler_says(tmp_path):
+    recorded = {one.identity: one for one in read_compiled(record_path(TRITON))}
+    if not recorded:
+        pytest.skip(f"no record of Triton {TRITON}")
+    compiled = _report(tmp_path, "--targets", "sm_90", "gfx942", "--variants", "padded", "3 bits", "--head-dims", "64")
+    assert len(compiled) > 30
+    for one in compiled:
+        # A kernel that changed since has another identity.
+        assert recorded.get(one.identity, one) == one
 
 
 def test_shipped_configurations_fit_the_chips(report):
-    from benchmarks.kernel_report import TARGETS
-
-    assert {one["target"] for one in report} == set(TARGETS)
+    if record_path(TRITON).exists():
+        assert {one.target for one in report} == set(SHARED_LIMITS)
     for kernel in ("forward", "grad_query", "grad_key_value"):
-        assert {one["head_dim"] for one in report if one["kernel"] == kernel} == {32, 64, 128, 256}
+        assert {one.head_dim for one in report if one.kernel == kernel} == {32, 64, 128, 256}
     for one in report:
-        facts = ("table", "kernel", "variant", "head_dim", "dtype", "target")
-        name = ", ".join(str(one[fact]) for fact in facts)
-        assert one["shared_bytes"] <= TARGETS[one["target"]].shared_limit, name
-        kind = (one["kernel"], one["variant"], one["head_dim"], one["target"])
-        usual = SPILL_LIMIT_BYTES[one["head_dim"]] if one["table"] == "default" else MEASURED_SPILL_LIMIT_BYTES
-        limit = max(usual, SPILL_LIMIT_BYTES_OF.get(kind, 0)) if one["table"] == "default" else usual
-        assert one["spilled_bytes"] <= limit, name
-        used = set(one["matrix_instructions"])
-        assert used and used <= MATRIX_INSTRUCTIONS[one["target"]], f"{name}: matrix instructions {used}"
+        assert one.shared_bytes <= SHARED_LIMITS[one.target], one
+        usual = SPILL_LIMIT_BYTES[one.head_dim] if one.table == "default" else MEASURED_SPILL_LIMIT_BYTES
+        kind = (one.kernel, one.variant, one.head_dim, one.target)
+        limit = max(usual, SPILL_LIMIT_BYTES_OF.get(kind, 0)) if one.table == "default" else usual
+        assert one.spilled_bytes <= limit, one
+        used = set(one.matrix.split())
+        assert used and used <= MATRIX_INSTRUCTIONS[one.target], one
 
 
 def test_main_configuration_spills_nothing(report):
     main = [
         one
         for one in report
-        if (one["table"], one["head_dim"]) == ("default", 64)
-        and one["dtype"] != "float32"
-        and not one["config"]["split"]
+        if (one.table, one.head_dim) == ("default", 64) and one.dtype != "float32" and not one.split
     ]
-    assert {one["kernel"] for one in main} == {"forward", "grad_query", "grad_key_value"}
-    assert all(one["spilled_bytes"] == 0 for one in main if not (TRITON_36 and one["target"] in OLDER_THAN_SM_90))
-    assert all("wgmma" in one["matrix_instructions"] for one in main if one["target"] == "sm_90")
-    assert all("tcgen05" in one["matrix_instructions"] for one in main if one["target"] == "sm_100")
+    assert {one.kernel for one in main} == {"forward", "grad_query", "grad_key_value"}
+    assert all(one.spilled_bytes == 0 for one in main if not (TRITON_36 and one.target in OLDER_THAN_SM_90))
+    assert all("wgmma" in one.matrix for one in main if one.target == "sm_90")
+    assert all("tcgen05" in one.matrix for one in main if one.target == "sm_100")
+
+
+def test_a_record_is_read_as_it_was_written(report, tmp_path):
+    changed = [replace(one, matrix="") for one in report[:3]]
+    write_compiled(changed, tmp_path / "some.csv")
+    assert read_compiled(tmp_path / "some.csv") == changed

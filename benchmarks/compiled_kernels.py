@@ -1,0 +1,104 @@
+"""What Triton's compiler made of the kernels for chips that need not be at hand: read, written and shown.
+
+benchmarks/results/kernels-triton-<version>.csv records all shipped configurations. `python -m benchmarks.kernel_report
+--update` writes it; the tests compile what it lacks.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from .device import ROOT
+from .pages import complete_files, table_lines
+
+_RECORDS = ROOT / "benchmarks" / "results"
+# Shared memory that one block can have, in bytes.
+SHARED_LIMITS = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out for one configuration (`rows` to `num_stages`: those of `KernelConfig`).
+
+    Attributes:
+        identity: of the compiler and all that it was given.
+        table: the tuning table that has the configuration.
+        registers, spilled_bytes: of a thread.
+        shared_bytes: shared memory of a block.
+        matrix: the instructions of the matrix unit, separated by spaces.
+    """
+
+    identity: str
+    table: str
+    kernel: str
+    variant: str
+    target: str
+    head_dim: int
+    dtype: str
+    rows: int
+    columns: int
+    held: int
+    split: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix: str
+
+
+def record_path(triton_version: str) -> Path:
+    return _RECORDS / f"kernels-triton-{triton_version}.csv"
+
+
+def read_compiled(path: Path) -> list[Compiled]:
+    """The rows of a file that `write_compiled` wrote; none if there is no such file."""
+    if not path.exists():
+        return []
+    number = {one.name: one.type == "int" for one in fields(Compiled)}
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Compiled(**{name: int(cell) if number[name] else cell for name, cell in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_compiled(results: Iterable[Compiled], path: Path) -> None:
+    with (
+        complete_files(path.parent) as unfinished,
+        (unfinished / path.name).open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(one.name for one in fields(Compiled))
+        writer.writerows(astuple(one) for one in results)
+
+
+def compiled_section(folder: Path) -> str:
+    """Markdown of what the records in `folder` say: a line for each table, chip and kernel."""
+    lines = []
+    for path in sorted(folder.glob("kernels-triton-*.csv")):
+        results = read_compiled(path)
+        groups = dict.fromkeys((one.table, one.target, one.kernel) for one in results)
+        rows = [_row([one for one in results if (one.table, one.target, one.kernel) == group]) for group in groups]
+        lines += [f"Triton {path.stem.removeprefix('kernels-triton-')}:", ""]
+        lines += [*table_lines(_COLUMNS, rows, text_columns=3), ""]
+        lines += [f"File: [{path.name}](../benchmarks/results/{path.name})", ""]
+    return "\n".join(lines)
+
+
+_COLUMNS = ("table", "chip", "kernel", "compiled", "registers", "shared memory", "that spill", "most spilled bytes")
+
+
+def _row(results: list[Compiled]) -> list[str]:
+    first = results[0]
+    spilling = {one.head_dim: one.spilled_bytes for one in sorted(results, key=lambda one: one.spilled_bytes)}
+    worst = [f"{spilling[one]} at {one}" for one in sorted(spilling) if spilling[one]]
+    shared = max(one.shared_bytes for one in results) / SHARED_LIMITS[first.target]
+    counts = len(results), max(one.registers for one in results)
+    spills = sum(one.spilled_bytes > 0 for one in results), ", ".join(worst) or "0"
+    return [first.table, first.target, f"`{first.kernel}`", *map(str, counts), f"{shared:.0%}", *map(str, spills)]
