@@ -63,7 +63,8 @@ def gradient_budget(
     query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, layout: SparseLayout, scale: float, bits=None,
     dropout: float = 0.0, **arguments,
 ) -> GradientBudget:  # fmt: skip
-    """The budget of a padded call, whose probabilities it materialises in float64; dropout as in `output_budget`."""
+    """The budget of a padded call, whose probabilities it materialises in float64. With dropout as in `output_budget`,
+    but as if no terms of a sum cancelled: which ones do depends on what is dropped."""
     dtype, factor = query.dtype, 1 / (1 - dropout)
     query, key, value, grad = (tensor.double() for tensor in (query, key, value, grad_output))
     arguments = {**arguments, "scale": scale}
@@ -77,12 +78,15 @@ def gradient_budget(
     delta_error = torch.linalg.vector_norm(delta_error, dim=-1, keepdim=True) * scale
     terms = factor * grad.abs() @ value.abs().mT
     terms = softmax * (terms + (softmax * terms).sum(-1, keepdim=True)) * scale
+    if dropout:
+        sizes = grad_softmax.abs()
+        grad_scores = softmax * (sizes + (softmax * sizes).sum(-1, keepdim=True)) * scale
 
     def allowed(left: Tensor, right: Tensor, sizes: Tensor) -> Tensor:
         """For a product whose left factor, of terms of these sizes, is rounded, like the product itself."""
         from_factor = (_unit(left, dtype).square() @ right.square()).sqrt()
-        stored = _norm(_unit(left @ right, dtype))
-        return _norm(from_factor) + stored + _UNITS * _norm(sizes @ right.abs())
+        product = left.abs() @ right.abs() if dropout else left @ right
+        return _norm(from_factor) + _norm(_unit(product, dtype)) + _UNITS * _norm(sizes @ right.abs())
 
     for_query = allowed(grad_scores, key, terms) + _norm(delta_error * (softmax @ key))
     from_delta = ((softmax * delta_error).square().mT @ query.square()).sqrt()

@@ -24,6 +24,8 @@ class Target:
 
     Attributes:
         longest: of a sequence.
+        sequences: a batch has at most one of these; the native kernel uses its shared memory again where a batch has
+            more than the GPU multiprocessors.
         positions: batch * heads * query_len * key_len at most: the reference materialises them.
         drops: whether it has dropout and query offsets.
         trains_all: whether it has a backward pass for all calls, or for those without rounding and causality alone.
@@ -37,6 +39,7 @@ class Target:
     positions: int = 2**23
     drops: bool = True
     trains_all: bool = True
+    sequences: tuple[int, ...] = (4,)
 
     def trains(self, kind: Kind) -> bool:
         """Whether it has a backward pass for a kind of call."""
@@ -49,7 +52,16 @@ TARGETS = {
         Target("triton", "cuda"),
         # Its interpreter is slow, and multiplies bfloat16 wrongly.
         Target("triton", "cpu", dtypes=(torch.float16, torch.float32), longest=96, positions=2**12),
-        Target("native", "cuda", (torch.float16, torch.bfloat16), (32, 64), longest=512, drops=False, trains_all=False),
+        Target(
+            "native",
+            "cuda",
+            (torch.float16, torch.bfloat16),
+            (32, 64),
+            longest=512,
+            drops=False,
+            trains_all=False,
+            sequences=(4, 4, 600),
+        ),
         Target("native", "cpu", longest=1024, positions=2**20),
     )
 }
@@ -105,7 +117,9 @@ class Case:
     def describe(self) -> str:
         kind = self.kind
         bits = "own table" if isinstance(kind.bits, QuantizationTable) else f"bits {kind.bits}"
-        shape = f"packed {self.sequences}" if kind.packed else f"batch {self.batch}, {self.query_len} x {self.key_len}"
+        shape = f"batch {self.batch}, {self.query_len} x {self.key_len}"
+        if kind.packed:
+            shape = f"packed {self.sequences}" if self.batch < 9 else f"packed {self.batch} of up to {self.query_len}"
         options = [name for name in ("causal", "lengths", "padding") if getattr(kind, name)]
         options += [f"offset {self.query_offset}"] if kind.offset else []
         options += [f"dropout {kind.dropout}"] if kind.dropout else []
@@ -133,16 +147,16 @@ def draw(number: int, seed: int, target: Target) -> Case:
     if kind.offset:
         offset = mask_len - query_len if chance.random() < 0.5 else chance.randint(0, mask_len - query_len)
         key_len = min(offset + query_len, longest)
+    batch = chance.randint(1, max(1, min(chance.choice(target.sequences), room // (query_len * key_len))))
     sequences: tuple[int, ...] = ()
     if kind.packed:
-        count = chance.randint(1, 4)
-        sequences = tuple(chance.choice((0, 1, _length(chance, longest // 2 + 1))) for _ in range(count - 1))
+        sequences = tuple(chance.choice((0, 1, _length(chance, longest // 2 + 1))) for _ in range(batch - 1))
         sequences = (*sequences, query_len)
     return Case(
         target=target,
         number=number,
         kind=kind,
-        batch=chance.randint(1, max(1, min(4, room // (query_len * key_len)))),
+        batch=batch,
         query_len=query_len,
         key_len=key_len,
         sequences=sequences,

@@ -201,6 +201,7 @@ def list_of_group(
     start, stop = tl.load(stops), tl.load(stops + last_stop)
     # The stop is at most STOP_KEYS - 1 positions too far: the columns between are the last ones before it.
     tail = stop - STOP_KEYS + tl.arange(0, STOP_KEYS)
-    position = tl.load(columns + tail, mask=tail >= tl.where(end % STOP_KEYS == 0, stop, start), other=0)
-    beyond = tl.sum((position >= end).to(tl.int32), 0)
+    in_list = tail >= tl.where(end % STOP_KEYS == 0, stop, start)
+    position = tl.load(columns + tail, mask=in_list, other=0)
+    beyond = tl.sum((in_list & (position >= end)).to(tl.int32), 0)
     return columns + start, step_bits + (start // 32 + part) * ROWS, stop - start - beyond

@@ -138,7 +138,7 @@ class QueryGradientWarp : public GradientWarp<HEAD_DIM> {
       const int row = this->row_of_lane(task.group, half);
       task.lse[half] = row < rows_end ? lses[row] : INFINITY;  // no probabilities where there is no row
     }
-    read_words(call, ring, ring.seat, task.group, 0, task.words);
+    read_words(call, task.group, 0, task.words);
   }
 
   SPARSE_ATTN_DEVICE void receive(Task& task) const {
@@ -197,7 +197,8 @@ class QueryGradientWarp : public GradientWarp<HEAD_DIM> {
       for (int i = 0; i < SEGMENT; ++i) {
         words[i] = following[i];
       }
-      read_words(call, ring, seat, task.group, first + SEGMENT, following);
+      read_words(call, task.group, first + SEGMENT, following);
+      hide(call, ring, seat, task.group, first, words);
 #pragma unroll
       for (int i = 0; i < SEGMENT; ++i) {
         if (first + i < steps) {
@@ -280,7 +281,7 @@ class KeyGradientWarp : public GradientWarp<HEAD_DIM> {
 
   SPARSE_ATTN_DEVICE void send(Task& task) const {
     this->send_for_rows(task.group);
-    read_words(call, ring, ring.seat, task.group, 0, task.words);
+    read_words(call, task.group, 0, task.words);
   }
 
   SPARSE_ATTN_DEVICE void receive(Task& task) const {
@@ -296,9 +297,10 @@ class KeyGradientWarp : public GradientWarp<HEAD_DIM> {
     uint32_t following[1] = {task.words[0]};
 #pragma unroll 1
     for (int step = 0; step < task.group.steps(); ++step) {
-      const uint32_t word = following[0];
-      read_words(call, ring, seat, task.group, step + 1, following);
-      add_step(task, word, step >= task.group.masked(), statistics, result);
+      uint32_t words[1] = {following[0]};
+      read_words(call, task.group, step + 1, following);
+      hide(call, ring, seat, task.group, step, words);
+      add_step(task, words[0], step >= task.group.masked(), statistics, result);
     }
   }
 

@@ -62,6 +62,7 @@ SPARSE_ATTN_DEVICE void take_groups(Worker& worker) {
       if (next_exists) {
         worker.receive(next);
       }
+      warp_barrier();  // the rows of the group after it come to the same place
     }
     if (exists) {
       worker.store(task.group, result);
@@ -105,25 +106,35 @@ without_hidden(const AttentionCall& call, const Ring<ROW_BYTES>& ring, Seat seat
   return (exists ? word & 0xffff0000u : 0) | (word & bits & 0xffffu);
 }
 
-// The list of a group from step `first` on, a key a lane: in the upper half of a word where its rows lie in shared
-// memory.
-template <int STEPS, int ROW_BYTES>
-SPARSE_ATTN_DEVICE void read_words(
-    const AttentionCall& call,
-    const Ring<ROW_BYTES>& ring,
-    Seat seat,
-    const Group& group,
-    int first,
-    uint32_t (&word)[STEPS]) {
+// Sends for the list of a group from step `first` on, a key a lane: in the upper half of a word where its rows lie in
+// shared memory.
+template <int STEPS>
+SPARSE_ATTN_DEVICE void read_words(const AttentionCall& call, const Group& group, int first, uint32_t (&word)[STEPS]) {
   const uint32_t* list =
       call.lists.words + static_cast<int64_t>(group.first_step) * 32 + computed_here(thread_number() % 32);
 #pragma unroll
   for (int i = 0; i < STEPS; ++i) {
     word[i] = first + i < group.steps() ? list[(first + i) * 32] : 0;
   }
+}
+
+// Takes the bits of what is hidden from words that have come: it waits for them, as `read_words` does not.
+template <int STEPS, int ROW_BYTES>
+SPARSE_ATTN_DEVICE void hide(
+    const AttentionCall& call,
+    const Ring<ROW_BYTES>& ring,
+    Seat seat,
+    const Group& group,
+    int first,
+    uint32_t (&word)[STEPS]) {
 #pragma unroll 1
   for (int step = max(first, group.partial()); step < min(first + STEPS, group.steps()); ++step) {
-    const uint32_t shown = without_hidden(call, ring, seat, group, list[step * 32]);
+    uint32_t own = 0;
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      own = first + i == step ? word[i] : own;
+    }
+    const uint32_t shown = without_hidden(call, ring, seat, group, own);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       word[i] = first + i == step ? shown : word[i];

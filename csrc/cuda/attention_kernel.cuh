@@ -59,7 +59,7 @@ class Warp {
             call.query,
             task.group.first_row(),
             ring.fact(ring.seat, ROWS_END));
-    read_words(call, ring, ring.seat, task.group, 0, task.words);
+    read_words(call, task.group, 0, task.words);
   }
 
   SPARSE_ATTN_DEVICE void receive(Task& task) const {
@@ -102,7 +102,13 @@ class Warp {
     const int steps = task.group.steps();
     Scores<STEPS_AHEAD> scores;
     Probabilities<STEPS_AHEAD> p;
-    score<STEPS_AHEAD>(task, 0, task.words, scores);
+    uint32_t words[STEPS_AHEAD];
+#pragma unroll
+    for (int i = 0; i < STEPS_AHEAD; ++i) {
+      words[i] = task.words[i];
+    }
+    hide(call, ring, seat, task.group, 0, words);
+    score<STEPS_AHEAD>(task, 0, words, scores);
     float correction[2];
     state.template raise<STEPS_AHEAD>(scores, call.scale_log2, correction);
     state.template add<ELEMENT, false, STEPS_AHEAD>(scores, steps, call.scale_log2, p);
@@ -110,7 +116,7 @@ class Warp {
     Rounder<ROUNDING>(call, shared_memory(), state).template round<STEPS_AHEAD>(scores, p);
     ring.await_values(seat);
     clear<HEAD_DIM>(output);
-    add<STEPS_AHEAD>(p, task.words, steps, output);
+    add<STEPS_AHEAD>(p, words, steps, output);
   }
 
   // Without rounding in one pass; with it the normaliser must be known first.
@@ -162,7 +168,8 @@ class Warp {
       segment[i] = following[i];
     }
     const int next_first = first + SEGMENT_STEPS;
-    read_words(call, ring, seat, task.group, next_first < task.group.steps() ? next_first : 0, following);
+    read_words(call, task.group, next_first < task.group.steps() ? next_first : 0, following);
+    hide(call, ring, seat, task.group, first, segment);
     score<SEGMENT_STEPS>(task, first, segment, scores);
   }
 

@@ -129,7 +129,7 @@ class Ring {
   // Does the next job whose item is known and whose slot is free, if there is one: `own_alone`, or else also of a later
   // item, which shall not delay the warp's own.
   SPARSE_ATTN_DEVICE void help(bool own_alone) const {
-    const uint32_t job = uniform(load_shared(jobs_taken()));
+    const uint32_t job = uniform(load_shared_relaxed(jobs_taken()));
     const int wanted = static_cast<int>(job / JOBS);
     if (wanted > (own_alone ? round : round + call.memory.slots - 1)) {
       return;
@@ -192,7 +192,7 @@ class Ring {
   }
 
   SPARSE_ATTN_DEVICE bool has_jobs(int round) const {
-    return uniform(load_shared(jobs_taken())) < static_cast<uint32_t>((round + 1) * JOBS);
+    return uniform(load_shared_relaxed(jobs_taken())) < static_cast<uint32_t>((round + 1) * JOBS);
   }
 
   SPARSE_ATTN_DEVICE uint32_t info(int slot) const {
@@ -242,6 +242,7 @@ class Ring {
       }
       arrive(barrier(slot, KEYS_ARRIVED));
       char* queries = first_row_of(call.query, place);
+#pragma unroll 1
       for (int row = lane_number(); row < place.rows_end; row += 32) {
         prefetch(row_of(queries, call.query, row));
       }

@@ -97,7 +97,7 @@ class Schedule {
 
   // The item of a round, for all lanes. Beyond the last item there is none, and no further round.
   SPARSE_ATTN_DEVICE int item_of(int round) const {
-    const uint32_t word = uniform(load_shared(word_at(round)));
+    const uint32_t word = uniform(load_shared_relaxed(word_at(round)));
     return (word & 1) == lap_is_odd(round) ? static_cast<int>(word >> 1) : UNKNOWN;
   }
 
@@ -113,7 +113,7 @@ class Schedule {
   }
 
   SPARSE_ATTN_DEVICE void tell(int round, uint32_t item) const {
-    store_shared(word_at(round), item << 1 | lap_is_odd(round));
+    store_shared_relaxed(word_at(round), item << 1 | lap_is_odd(round));
   }
 
   SPARSE_ATTN_DEVICE Place place_of(int item) const {

@@ -132,6 +132,18 @@ SPARSE_ATTN_DEVICE uint32_t load_shared(uint32_t from) {
   return word;
 }
 
+// A word that other warps may write, or read, at this moment. It says by itself whether it is the one wanted: nothing
+// else is ordered by it.
+SPARSE_ATTN_DEVICE uint32_t load_shared_relaxed(uint32_t from) {
+  uint32_t word;
+  asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
+  return word;
+}
+
+SPARSE_ATTN_DEVICE void store_shared_relaxed(uint32_t to, uint32_t word) {
+  asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
+
 SPARSE_ATTN_DEVICE void load_shared_words(uint32_t (&word)[4], uint32_t from) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+_BY_POSITION = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 _EXAMPLE = "tokenizer(texts, padding=True, return_tensors='pt')"
 
 
@@ -34,16 +35,22 @@ def moved_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device)
 
 
 def without_common_padding(batch: dict[str, object]) -> dict[str, object]:
-    """A batch without the positions at its end that are padding in every sequence, which a mask need not cover."""
+    """A batch without labels, and without the positions at its end that are padding in every sequence, which a mask
+    need not cover."""
+    batch = {name: value for name, value in batch.items() if name != "labels"}
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return batch
     used = mask.bool().any(0).nonzero()
     length = int(used[-1]) + 1 if len(used) else 1
     return {
-        name: value[:, :length] if isinstance(value, Tensor) and value.shape[:2] == mask.shape else value
+        name: value[:, :length] if name in _BY_POSITION and _length(value) == mask.shape[1] else value
         for name, value in batch.items()
     }
+
+
+def _length(value: object) -> int | None:
+    return value.shape[1] if isinstance(value, Tensor) and value.ndim > 1 else None
 
 
 def expect_several(batches: Iterable[Mapping[str, Tensor]]) -> None:

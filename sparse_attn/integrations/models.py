@@ -182,8 +182,14 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 
 def set_attention_implementation(model: PreTrainedModel, name: str) -> None:
-    """`model.set_attn_implementation(name)`, which only logs where it fails; here it raises RuntimeError."""
+    """`model.set_attn_implementation(name)`, which only logs where it fails; here it raises RuntimeError. Layers whose
+    config is no longer their model's, which that does not reach, follow it: `EncoderDecoderModel` leaves such."""
     model.set_attn_implementation(name)
+    for each in transformers_models(model):  # a model comes before those in it
+        for module in each.modules():
+            config = getattr(module, "config", None)
+            if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+                config._attn_implementation = each.config._attn_implementation
     if model.config._attn_implementation != name:
         raise RuntimeError(
             f"transformers left {type(model).__name__} with attention {model.config._attn_implementation!r} when "

@@ -230,8 +230,6 @@ def _gelu_algorithm(activation: object) -> str | None:
 
 def _usable(module: nn.Linear, input: Tensor) -> bool:
     """The operator has no gradients and no autocast, and takes plain tensors of one dtype."""
-    if input.shape[:-1].numel() < _LEAST_ROWS:
-        return False
     weight, bias = module.weight, module.bias
     if (
         torch.compiler.is_compiling()
@@ -239,6 +237,7 @@ def _usable(module: nn.Linear, input: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or type(input) is not Tensor
         or type(weight) is not nn.Parameter
+        or input.shape[:-1].numel() < _LEAST_ROWS  # after tracing, which it would tie to a size
     ):
         return False
     if torch.is_grad_enabled() and (

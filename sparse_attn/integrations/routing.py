@@ -35,7 +35,7 @@ class SparseAttentionState(nn.Module):
         layouts: of these layers, on the device of the weights.
         first: the first of them.
         gradients: whether lists for the backward pass are compiled ahead of the first call.
-        handles, unpad, onednn: hooks that belong to the patch, and its options; of the first module alone.
+        handles, unpad, onednn: hooks that belong to the patch, and its options: those of all modules.
     """
 
     def __init__(
@@ -230,7 +230,8 @@ def padding_mask(
 
     Raises ValueError for what a padding mask cannot say: static caches, packed position ids, overlays.
     """
-    if isinstance(q_offset, Tensor) or kv_offset != 0:
+    causal = mask_function is causal_mask_function
+    if isinstance(q_offset, Tensor) or kv_offset != 0 or (causal and q_offset + q_length != kv_length):
         raise ValueError("a patched model works with dynamic key-value caches only; pass a DynamicCache or none")
     if use_vmap or mask_function not in (bidirectional_mask_function, causal_mask_function):
         raise ValueError(

@@ -88,7 +88,6 @@ def patch_model(
     encoder = encoder_of(model)
     mask, table = _as_mask(mask), as_table(bits)
     _check_mask(encoder, mask)
-    _check_weights(encoder)
     for name, value in (("unpad", unpad), ("onednn", onednn)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}, expected True, False or None")
@@ -100,7 +99,7 @@ def patch_model(
     gradients = encoder.model.training or any(weight.requires_grad for weight in encoder.model.parameters())
     states = {
         module: SparseAttentionState(
-            mask, own, table, backend, encoder.head_dim, encoder.query_of(module).weight, gradients
+            mask, own, table, backend, encoder.head_dim, _weight(encoder.query_of(module)), gradients
         )
         for module, own in layers.items()
     }
@@ -112,9 +111,9 @@ def patch_model(
     # In this order: layers are numbered in what has no padding.
     set_unpadding(encoder, unpad)
     set_onednn(encoder, onednn)
-    state = _state(encoder)
-    state.unpad, state.onednn = unpad, onednn
-    state.handles = watch_implementation(encoder) + number_shared_layers(encoder)
+    handles = watch_implementation(encoder) + number_shared_layers(encoder)
+    for state in states.values():
+        state.unpad, state.onednn, state.handles = unpad, onednn, handles
     return model
 
 
@@ -217,10 +216,14 @@ def _check_mask(encoder: Encoder, mask: GlobalMask) -> None:
         )
 
 
-def _check_weights(encoder: Encoder) -> None:
-    query = encoder.query_of(encoder.attention[0])
-    if not isinstance(query.weight, Tensor):
+def _weight(query: nn.Module) -> Tensor:
+    """The weight of a layer's query projection, or of an adapter around it: it says device and dtype. Raises TypeError
+    where there is none."""
+    weight = getattr(query, "weight", None)
+    found = weight if isinstance(weight, Tensor) else next(query.parameters(), None)
+    if found is None:
         raise TypeError(
             f"the attention's query projection is {type(query).__module__}.{type(query).__name__}, whose weight is no "
             "tensor; patch the model with onednn=False first and quantise it then"
         )
+    return found

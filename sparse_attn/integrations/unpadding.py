@@ -71,7 +71,7 @@ def _possible(stack: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         return False
     if getattr(stack, _MODE) is not None:
         return True
-    if stack.training or torch.compiler.is_compiling():
+    if stack.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

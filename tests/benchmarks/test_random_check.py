@@ -26,7 +26,7 @@ def small_case(number: int, **kind):
 
 
 @interpreted
-@pytest.mark.parametrize("number", [1, 13, 26, 49, 61])
+@pytest.mark.parametrize("number", [1, 13, 26, 50, 61])
 def test_random_calls_are_within_their_budgets(number):
     case = draw(number, 3, INTERPRETER)
     assert draw(number, 3, INTERPRETER) == case
@@ -49,15 +49,16 @@ def test_cases_cover_what_calls_can_be():
 
 
 @pytest.mark.skipif(not extension.available(), reason=str(extension.reason()))
-@pytest.mark.parametrize("number", [13, 14, 25, 34, 40, 53, 84])
+@pytest.mark.parametrize("number", [13, 14, 26, 35, 40, 53, 84])
 def test_random_calls_of_the_extension_are_within_their_budgets(number):
     checked = check(draw(number, 0, TARGETS["native", "cpu"]), CPU)
     assert checked.failures == () and 0 < checked.share <= 1
 
 
 def test_cases_for_the_native_kernel_on_gpus_are_what_it_takes():
-    """Everything that is drawn is computed by the kernels, which the emulated tests show; some of it is trained."""
-    trained = 0
+    """Everything that is drawn is computed by the kernels, which the emulated tests show; some of it is trained, and
+    some is more heads of sequences than a GPU has multiprocessors."""
+    trained = crowded = 0
     for number in range(200):
         case = draw(number, 0, TARGETS["native", "cuda"])
         generator = torch.Generator().manual_seed(0)
@@ -67,8 +68,9 @@ def test_cases_for_the_native_kernel_on_gpus_are_what_it_takes():
         call.query_offset, call.causal, call.table = case.query_offset, case.kind.causal, case.kind.bits
         call.key_padding = object() if case.kind.padding else None
         trained += case.trains
+        crowded += case.batch * case.kind.heads > 264
         assert not [reason for reason in native_cuda.refusals(call, case.trains) if "CUDA kernels" not in reason]
-    assert 20 < trained < 120
+    assert 20 < trained < 120 and crowded > 20
 
 
 def test_a_forward_pass_alone_is_checked_too():

@@ -150,6 +150,14 @@ SPARSE_ATTN_DEVICE uint32_t load_shared(uint32_t from) {
   return emulator::load<uint32_t>(emulator::shared_at(from, 4));
 }
 
+SPARSE_ATTN_DEVICE uint32_t load_shared_relaxed(uint32_t from) {
+  return load_shared(from);
+}
+
+SPARSE_ATTN_DEVICE void store_shared_relaxed(uint32_t to, uint32_t word) {
+  store_shared(to, word);
+}
+
 SPARSE_ATTN_DEVICE void load_shared_words(uint32_t (&word)[4], uint32_t from) {
   std::memcpy(word, emulator::shared_at(from, 16), 16);
 }

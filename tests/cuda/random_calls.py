@@ -8,6 +8,16 @@ from sparse_attn import SparseLayout
 from tests.helpers import random_inputs, random_layout
 
 HALVES = [torch.float16, torch.bfloat16]
+MANY_ROUNDS = [(40, 4, 20), (100, 3, 12), (350, 2, 4)]  # length, heads, rounds
+
+
+def many_rounds(device: str, length: int, heads: int, rounds: int) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value, and lengths, of so many sequences that each block has about so many heads of one, whatever
+    the number of multiprocessors: slots of shared memory are used again and again."""
+    blocks = 2 if device == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    sequences = -(-rounds * blocks // heads)
+    tensors = random_inputs((sequences, heads, length, 64), torch.float16, device)
+    return tensors, torch.randint(0, length + 1, (sequences,)).to(device)
 
 
 def draw_call(draw, device: str) -> tuple[SparseLayout, list[Tensor], dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from sparse_attn import QuantizationTable, SparseLayout, sparse_attention
 from sparse_attn.backends import native_cuda
 from sparse_attn.backends.tickets import NONE
 from sparse_attn.kernels.configuration import BlockConfig
-from tests.cuda.random_calls import HALVES, draw_call
+from tests.cuda.random_calls import HALVES, MANY_ROUNDS, draw_call, many_rounds
 from tests.helpers import assert_within_budget, random_inputs, random_layout
 
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.xdist_group("cuda")]
@@ -102,6 +102,14 @@ def test_what_padding_holds_does_not_matter(device):
             tensor[~real[:, None].expand(2, 2, 60)] = float("nan")
         clean = sparse_attention(query, key, value, layout, bits=3, backend="native", **arguments)
         assert torch.equal(sparse_attention(*dirty, layout, bits=3, backend="native", **arguments), clean)
+
+
+@pytest.mark.parametrize(("length", "heads", "rounds"), MANY_ROUNDS)
+def test_many_rounds(device, length, heads, rounds):
+    layout = random_layout(heads, length, 0.8, device)
+    tensors, lengths = many_rounds(device, length, heads, rounds)
+    check(layout, tensors, key_lengths=lengths, query_lengths=lengths)
+    check(layout, tensors, bits=3)
 
 
 @pytest.mark.parametrize(("warps", "parts"), [(1, 1), (4, 2), (12, 1), (3, 5)])

@@ -10,7 +10,7 @@ from sparse_attn import SparseLayout, sparse_attention
 from sparse_attn.backends import native_cuda
 from sparse_attn.backends.tickets import NONE
 from sparse_attn.kernels.configuration import BlockConfig
-from tests.cuda.random_calls import HALVES, draw_call
+from tests.cuda.random_calls import HALVES, MANY_ROUNDS, draw_call, many_rounds
 from tests.helpers import gradients, random_inputs, random_layout
 
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.xdist_group("cuda")]
@@ -115,6 +115,12 @@ def test_other_shapes_and_strides(device):
     for batch, length in ((0, 5), (2, 0)):
         empty = random_inputs((batch, 2, length, 64), torch.float16, device)
         assert all(one.shape == (batch, 2, length, 64) for one in gradients(empty, layout, empty[0], "native"))
+
+
+@pytest.mark.parametrize(("length", "heads", "rounds"), MANY_ROUNDS)
+def test_many_rounds(device, length, heads, rounds):
+    tensors, lengths = many_rounds(device, length, heads, rounds)
+    check(random_layout(heads, length, 0.8, device), tensors, key_lengths=lengths, query_lengths=lengths)
 
 
 @pytest.mark.parametrize(("warps", "parts"), [(1, 1), (4, 2), (8, 1), (3, 5)])

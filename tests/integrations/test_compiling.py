@@ -66,6 +66,32 @@ class OnGpu(torch.Tensor):
         return True
 
 
+def test_a_traced_model_serves_other_padding(model):
+    model.config.return_dict = False
+    patch_bert(model, MASK)
+    for traced_with, lengths in (((32, 32), (32, 10)), ((32, 20), (32, 32))):
+        example, inputs = (tuple(device_inputs(own).values()) for own in (traced_with, lengths))
+        with torch.no_grad():
+            traced = torch.jit.trace(model, example, strict=False, check_trace=False)
+            own, expected = traced(*inputs)[0], model(*inputs)[0]
+        real = inputs[1].bool()
+        torch.testing.assert_close(own[real], expected[real])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_serves_other_shapes(model, strict):
+    patch_bert(model, MASK)
+    batch, length = torch.export.Dim("batch", min=2, max=16), torch.export.Dim("length", min=2, max=32)
+    shapes = {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (), device_inputs((31, 20, 7)), dynamic_shapes=shapes, strict=strict
+        )  # fmt: skip
+    inputs = device_inputs((20, 9))
+    exported = program.module()(**inputs).last_hidden_state
+    close(exported, run(model, inputs).last_hidden_state, inputs)
+
+
 def test_unpadding_while_a_cuda_graph_is_captured(monkeypatch):
     """Refused by name; but torch.compile cannot trace the question and gets its answer without."""
     stack = torch.nn.Module().eval()

@@ -1,5 +1,7 @@
 """Which attention transformers runs in a model: set, given back, never that of another model with the same config."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -10,7 +12,7 @@ from transformers import (
 )
 from transformers.models.bert import modeling_bert
 
-from sparse_attn import GlobalMask, is_patched, patch_bert, unpatch
+from sparse_attn import GlobalMask, collect_averages, is_patched, patch_bert, unpatch
 from sparse_attn.integrations import routing
 from tests.helpers import DEVICE
 from tests.integrations.conftest import close, device_inputs, run, small_config
@@ -75,6 +77,18 @@ def test_an_encoder_and_a_decoder_have_configs_of_their_own():
     assert not torch.allclose(run(model, inputs).logits, dense)
     assert torch.equal(run(other, inputs).logits, dense)
     torch.testing.assert_close(run(unpatch(model), inputs).logits, dense)
+
+
+def test_layers_whose_config_is_not_their_models_follow_it(model):
+    """As in an EncoderDecoderModel made of two loaded models."""
+    inputs, expected = device_inputs(), copy.deepcopy(model)
+    dense = run(model, inputs).last_hidden_state
+    model.config = copy.deepcopy(model.config)
+    averages = collect_averages(model, [inputs], progress=False)
+    assert torch.equal(averages.sums, collect_averages(expected, [inputs], progress=False).sums)
+    found = run(patch_bert(model, MASK), inputs).last_hidden_state
+    assert torch.equal(found, run(patch_bert(expected, MASK), inputs).last_hidden_state)
+    assert torch.equal(run(unpatch(model), inputs).last_hidden_state, dense)
 
 
 def test_another_attention_set_after_patching_is_named(model):

@@ -11,6 +11,7 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2Model,
+    StaticCache,
 )
 from transformers.models.bert import modeling_bert
 
@@ -114,6 +115,34 @@ def test_patching_twice_replaces_and_unpatching_restores(model, twin):
     torch.testing.assert_close(run(model, inputs).last_hidden_state, dense)
     with pytest.raises(ValueError, match="is not patched"):
         unpatch(model)
+
+
+def test_layers_that_were_taken_out_since_do_not_matter(model):
+    """What belongs to the patch is known to every layer that is left."""
+    inputs = device_inputs()
+    shorter = copy.deepcopy(model)
+    shorter.encoder.layer = shorter.encoder.layer[1:]
+    patch_bert(model, MASK)
+    model.encoder.layer = model.encoder.layer[1:]
+    unpatch(model)
+    assert torch.equal(run(model, inputs).last_hidden_state, run(shorter, inputs).last_hidden_state)
+
+
+def test_adapters_around_projections(model):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.down = base, nn.Linear(64, 4, device=DEVICE)
+
+        def forward(self, hidden):
+            return self.base(hidden) + self.down(hidden).sum(-1, keepdim=True)
+
+    for layer in model.encoder.layer:
+        layer.attention.self.query = Adapter(layer.attention.self.query)
+    inputs = device_inputs()
+    dense = run(model, inputs).last_hidden_state
+    full = GlobalMask.random(2, 2, 32, sparsity=0.0)
+    close(run(patch_bert(model, full), inputs).last_hidden_state, dense, inputs)
 
 
 def test_context_manager_restores_what_was_there(model):
@@ -250,6 +279,16 @@ def test_decoder_with_cache_uses_absolute_positions():
         cache = output.past_key_values
         steps.append(output.last_hidden_state)
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_static_cache_is_refused(padded):
+    """Its empty places would be keys, and queries be at its end."""
+    model = patch_bert(BertModel(small_config(is_decoder=True)).eval().to(DEVICE), MASK)
+    inputs = device_inputs((9, 5))
+    inputs = inputs if padded else {"input_ids": inputs["input_ids"]}
+    with pytest.raises(ValueError, match="dynamic key-value caches only"):
+        run(model, inputs, past_key_values=StaticCache(config=model.config, max_cache_len=20))
 
 
 def test_cross_attention_stays_dense():

@@ -78,6 +78,16 @@ def test_padding_that_all_sequences_share_may_be_longer_than_the_mask(model):
     found.add(torch.rand(3))
 
 
+def test_what_is_cut_with_common_padding(model):
+    """Positions that all sequences share are, and labels are none of it."""
+    batch, mask = padded_inputs((20, 12)), GlobalMask.random(2, 2, 24, sparsity=0.5)
+    expected = collect_probabilities(model, [batch], mask, progress=False)
+    longer = {name: torch.nn.functional.pad(value, (0, 4)) for name, value in batch.items()}
+    longer["position_ids"] = torch.arange(24)[None]
+    longer["labels"] = torch.zeros(2, 24)
+    assert torch.equal(collect_probabilities(model, [longer], mask, progress=False).counts, expected.counts)
+
+
 def test_without_a_batch_there_is_nothing_to_collect(model):
     with pytest.raises(ValueError, match="no batch"):
         collect_probabilities(model, [], GlobalMask.random(2, 2, 24, sparsity=0.5), progress=False)
