@@ -36,13 +36,17 @@ def output_budget(
     """The exact output of a padded call in float64, without dropout, and how far each element of an output may be off.
 
     Twice the error of a plain product of the exact probabilities, rounded to the inputs' dtype, with the values, plus a
-    few units of float32 for the scores; with bits, also a level for every probability at an edge. With dropout, as if
-    nothing were dropped, but everything scaled.
+    few units of float32 for the scores; with bits, also a level for every probability at an edge. With dropout, the
+    largest that these roundings can be if nothing is dropped, but everything scaled, and no terms of a sum cancel:
+    which ones do depends on what is dropped.
     """
     exact, factor = [tensor.double() for tensor in (query, key, value)], 1 / (1 - dropout)
     output, used = attention_probabilities(*exact, layout, bits=bits, **arguments)
-    plain = _rounded(_rounded(factor * used, query.dtype) @ exact[2], query.dtype)
-    allowed = 2 * (plain - factor * output).abs().max() + 1e-5 * factor * exact[2].abs().max()
+    plain = _rounded(_rounded(used, query.dtype) @ exact[2], query.dtype)
+    allowed = 2 * (plain - output).abs().max()
+    if dropout:
+        allowed = _unit(factor * used @ exact[2].abs(), query.dtype).max()
+    allowed = allowed + 1e-5 * factor * exact[2].abs().max()
     if bits is None:
         return output, allowed.expand_as(output)
     _, softmax = attention_probabilities(*exact, layout, **arguments)
@@ -63,8 +67,7 @@ def gradient_budget(
     query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, layout: SparseLayout, scale: float, bits=None,
     dropout: float = 0.0, **arguments,
 ) -> GradientBudget:  # fmt: skip
-    """The budget of a padded call, whose probabilities it materialises in float64. With dropout as in `output_budget`,
-    but as if no terms of a sum cancelled: which ones do depends on what is dropped."""
+    """The budget of a padded call, whose probabilities it materialises in float64; dropout as in `output_budget`."""
     dtype, factor = query.dtype, 1 / (1 - dropout)
     query, key, value, grad = (tensor.double() for tensor in (query, key, value, grad_output))
     arguments = {**arguments, "scale": scale}
