@@ -7,7 +7,6 @@ benchmarks/results/kernels-triton-<version>.csv records all shipped configuratio
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -26,7 +25,7 @@ class Compiled:
     """What came out for one configuration (`rows` to `num_stages`: those of `KernelConfig`).
 
     Attributes:
-        identity: of the compiler and all that it was given.
+        identity: of all that the compiler was given but the kernel's source.
         table: the tuning table that has the configuration.
         registers, spilled_bytes: of a thread.
         shared_bytes: shared memory of a block.
@@ -52,37 +51,55 @@ class Compiled:
     matrix: str
 
 
+@dataclass(frozen=True)
+class Record:
+    """What was compiled from which sources: `sources` has an identity for each kernel, whose compiler is part of it."""
+
+    sources: dict[str, str]
+    compiled: list[Compiled]
+
+    def known(self, sources: dict[str, str]) -> dict[tuple[str, str], Compiled]:
+        """What was compiled from the same sources, by kernel and identity."""
+        same = [one for one in self.compiled if self.sources.get(one.kernel) == sources[one.kernel]]
+        return {(one.kernel, one.identity): one for one in same}
+
+
 def record_path(triton_version: str) -> Path:
     return _RECORDS / f"kernels-triton-{triton_version}.csv"
 
 
-def read_compiled(path: Path) -> list[Compiled]:
-    """The rows of a file that `write_compiled` wrote; none if there is no such file."""
+def read_record(path: Path) -> Record:
+    """What `write_record` wrote; empty if there is no such file."""
     if not path.exists():
-        return []
+        return Record({}, [])
     number = {one.name: one.type == "int" for one in fields(Compiled)}
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Compiled(**{name: int(cell) if number[name] else cell for name, cell in row.items()})
-            for row in csv.DictReader(file)
-        ]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    sources = dict(line.removeprefix(_SOURCE).split(": ") for line in lines if line.startswith(_SOURCE))
+    rows = csv.DictReader(line for line in lines if not line.startswith(_SOURCE))
+    cells = [{name: int(cell) if number[name] else cell for name, cell in row.items()} for row in rows]
+    return Record(sources, [Compiled(**row) for row in cells])
 
 
-def write_compiled(results: Iterable[Compiled], path: Path) -> None:
+def write_record(record: Record, path: Path) -> None:
+    """A line for each source, then a table with a line for each configuration."""
     with (
         complete_files(path.parent) as unfinished,
         (unfinished / path.name).open("w", newline="", encoding="utf-8") as file,
     ):
+        file.writelines(f"{_SOURCE}{kernel}: {identity}\n" for kernel, identity in record.sources.items())
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(one.name for one in fields(Compiled))
-        writer.writerows(astuple(one) for one in results)
+        writer.writerows(astuple(one) for one in record.compiled)
+
+
+_SOURCE = "# source of "
 
 
 def compiled_section(folder: Path) -> str:
     """Markdown of what the records in `folder` say: a line for each table, chip and kernel."""
     lines = []
     for path in sorted(folder.glob("kernels-triton-*.csv")):
-        results = read_compiled(path)
+        results = read_record(path).compiled
         groups = dict.fromkeys((one.table, one.target, one.kernel) for one in results)
         rows = [_row([one for one in results if (one.table, one.target, one.kernel) == group]) for group in groups]
         lines += [f"Triton {path.stem.removeprefix('kernels-triton-')}:", ""]

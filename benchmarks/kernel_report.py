@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from sparse_attn.kernels.configuration import KERNELS, TABLES, KernelConfig, Pro
 from sparse_attn.kernels.forward import forward_kernel
 from sparse_attn.kernels.launch import common_constants, compile_options
 
-from .compiled_kernels import Compiled, read_compiled, record_path, write_compiled
+from .compiled_kernels import Compiled, Record, read_record, record_path, write_record
 
 _FUNCTIONS = {"forward": forward_kernel, "grad_query": grad_query_kernel, "grad_key_value": grad_key_value_kernel}
 _POINTERS = {
@@ -84,14 +83,14 @@ class Job:
     target: str
 
 
-def compile_job(job: Job, known: dict[str, Compiled] | None = None) -> Compiled:
+def compile_job(job: Job, known: dict[tuple[str, str], Compiled] | None = None) -> Compiled:
     """Compiles a kernel for one configuration and reads the machine code, or takes its facts from `known`, whose keys
-    are identities."""
+    are kernels and identities."""
     source, options, target = _source(job), compile_options(job.config), TARGETS[job.target]
-    given = (triton.__version__, source.hash(), str(target), str(sorted(options.items())))
-    identity = hashlib.sha256("\n".join(given).encode()).hexdigest()[:16]
-    if known and identity in known:
-        same = known[identity]
+    given = (source.signature, source.constants, source.attrs, options, target)
+    identity = _digest(*(sorted(one.items(), key=str) if isinstance(one, dict) else one for one in given))
+    if known and (job.problem.kernel, identity) in known:
+        same = known[job.problem.kernel, identity]
         facts = same.registers, same.spilled_bytes, same.shared_bytes, same.matrix
     else:
         compiled = triton.compile(source, target=target, options=options)
@@ -101,6 +100,15 @@ def compile_job(job: Job, known: dict[str, Compiled] | None = None) -> Compiled:
     cut = config.rows, config.columns, config.held, int(config.split), config.num_warps, config.num_stages
     problem = job.problem
     return Compiled(identity, job.table, problem.kernel, job.variant, job.target, problem.head_dim, dtype, *cut, *facts)
+
+
+def _digest(*things: object) -> str:
+    return hashlib.sha256("\n".join(map(str, things)).encode()).hexdigest()[:16]
+
+
+def sources() -> dict[str, str]:
+    """An identity of each kernel with all that it calls, and of the compiler."""
+    return {kernel: _digest(triton.__version__, function.cache_key) for kernel, function in _FUNCTIONS.items()}
 
 
 def _source(job: Job) -> ASTSource:
@@ -157,10 +165,10 @@ def jobs(kernels: list[str], targets: list[str], variants: list[str], head_dims:
     return list(found.values())
 
 
-def compile_all(wanted: list[Job], processes: int, known: Iterable[Compiled] = ()) -> list[Compiled]:
-    by_identity = {one.identity: one for one in known}
+def compile_all(wanted: list[Job], processes: int, known: dict[tuple[str, str], Compiled]) -> list[Compiled]:
+    """All jobs in several processes, but for what `known` has."""
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(partial(compile_job, known=by_identity), wanted, chunksize=4))
+        return list(pool.map(partial(compile_job, known=known), wanted, chunksize=4))
 
 
 def _read_nvidia(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, tuple[str, ...]]:
@@ -204,7 +212,7 @@ def main() -> None:
     if arguments.update and wanted != jobs(list(KERNELS), list(TARGETS), list(VARIANTS)):
         parser.error("--update records all kernels, targets, variants and head_dims: leave these options out")
     record = record_path(triton.__version__)
-    known = read_compiled(record) if arguments.recorded or arguments.update else []
+    known = read_record(record).known(sources()) if arguments.recorded or arguments.update else {}
     results = compile_all(wanted, arguments.processes, known)
     columns = "{:>12} {:>14} {:>8} {:>9} {:>18} {:>7} {:>14} {:>9} {:>8} {:>8}  {}"
     measured = ("cut", "registers", "spilled", "shared", "matrix")
@@ -215,7 +223,7 @@ def main() -> None:
         print(columns.format(*named, one.registers, one.spilled_bytes, one.shared_bytes, one.matrix or "-"))
     for path in (arguments.csv, record if arguments.update else None):
         if path:
-            write_compiled(results, path)
+            write_record(Record(sources(), results), path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compiled_kernels import SHARED_LIMITS, Compiled, read_compiled, record_path, write_compiled
+from benchmarks.compiled_kernels import SHARED_LIMITS, Record, read_record, record_path, write_record
 
 TRITON = pytest.importorskip("triton").__version__
 ROOT = Path(__file__).parents[2]
@@ -32,17 +32,17 @@ MATRIX_INSTRUCTIONS = {
 }  # fmt: skip
 
 
-def _report(folder: Path, *options: str) -> list[Compiled]:
+def _report(folder: Path, *options: str) -> Record:
     """What a process without the interpreter compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_report", "--csv", str(folder / "report.csv")]
     command += ["--processes", "2", *options]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=3600)
-    return read_compiled(folder / "report.csv")
+    return read_record(folder / "report.csv")
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> list[Compiled]:
+def report(tmp_path_factory) -> Record:
     """All configurations for all chips and kinds of call, as recorded; what changed since then is compiled, which takes
     minutes if it is much. With a Triton that has no record, those for sm_90 with padding and rounded."""
     recorded = record_path(TRITON).exists()
@@ -51,22 +51,23 @@ def report(tmp_path_factory) -> list[Compiled]:
 
 
 def test_the_record_says_what_the_compiler_says(tmp_path):
-    recorded = {one.identity: one for one in read_compiled(record_path(TRITON))}
-    if not recorded:
+    record = read_record(record_path(TRITON))
+    if not record.compiled:
         pytest.skip(f"no record of Triton {TRITON}")
-    compiled = _report(tmp_path, "--targets", "sm_90", "gfx942", "--variants", "padded", "3 bits", "--head-dims", "64")
-    assert len(compiled) > 30
-    for one in compiled:
-        # A kernel that changed since has another identity.
-        assert recorded.get(one.identity, one) == one
+    compiled = _report(tmp_path, "--targets", "sm_90", "gfx942", "--variants", "3 bits", "--head-dims", "64")
+    known = record.known(compiled.sources)
+    assert len(compiled.compiled) > 20
+    for one in compiled.compiled:
+        # What changed since is not in the record.
+        assert known.get((one.kernel, one.identity), one) == one
 
 
 def test_shipped_configurations_fit_the_chips(report):
     if record_path(TRITON).exists():
-        assert {one.target for one in report} == set(SHARED_LIMITS)
+        assert {one.target for one in report.compiled} == set(SHARED_LIMITS)
     for kernel in ("forward", "grad_query", "grad_key_value"):
-        assert {one.head_dim for one in report if one.kernel == kernel} == {32, 64, 128, 256}
-    for one in report:
+        assert {one.head_dim for one in report.compiled if one.kernel == kernel} == {32, 64, 128, 256}
+    for one in report.compiled:
         assert one.shared_bytes <= SHARED_LIMITS[one.target], one
         usual = SPILL_LIMIT_BYTES[one.head_dim] if one.table == "default" else MEASURED_SPILL_LIMIT_BYTES
         kind = (one.kernel, one.variant, one.head_dim, one.target)
@@ -79,7 +80,7 @@ def test_shipped_configurations_fit_the_chips(report):
 def test_main_configuration_spills_nothing(report):
     main = [
         one
-        for one in report
+        for one in report.compiled
         if (one.table, one.head_dim) == ("default", 64) and one.dtype != "float32" and not one.split
     ]
     assert {one.kernel for one in main} == {"forward", "grad_query", "grad_key_value"}
@@ -89,6 +90,11 @@ def test_main_configuration_spills_nothing(report):
 
 
 def test_a_record_is_read_as_it_was_written(report, tmp_path):
-    changed = [replace(one, matrix="") for one in report[:3]]
-    write_compiled(changed, tmp_path / "some.csv")
-    assert read_compiled(tmp_path / "some.csv") == changed
+    changed = Record(report.sources, [replace(one, matrix="") for one in report.compiled[:3]])
+    write_record(changed, tmp_path / "some.csv")
+    assert read_record(tmp_path / "some.csv") == changed
+
+
+def test_what_other_sources_gave_is_not_known(report):
+    assert len(report.known(report.sources)) > 50
+    assert report.known(dict.fromkeys(report.sources, "another")) == {}
