@@ -43,7 +43,8 @@ sanitize: setup
 		$(CURDIR)/$(RUN) setup.py --quiet build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		$(CURDIR)/$(RUN) -m pytest -q -n 2 tests/test_native_cpu.py tests/test_bitpacking.py
+		$(CURDIR)/$(RUN) -m pytest -q -n 2 tests/test_native_cpu.py tests/test_bitpacking.py \
+		tests/test_attention.py tests/test_ops.py -k 'native or bitpacking'
 
 squad: setup
 	$(RUN) -m benchmarks.squad $(ARGS)

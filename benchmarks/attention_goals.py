@@ -9,7 +9,8 @@ from typing import Any
 from .attention_results import Row, fastest, fastest_dense, fastest_own, find_rows
 from .attention_workloads import FORWARD, FORWARD_BACKWARD
 
-DENSE, FLEX, UNROUNDED, MEMORY = "fastest dense peer", "flex, same mask", "itself without bits", "memory floor"
+DENSE, FLASH, FLEX = "fastest dense peer", "sdpa-flash", "flex, same mask"
+TRITON, UNROUNDED, MEMORY = "native against triton", "itself without bits", "memory floor"
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Goal:
 
     Attributes:
         device_type: "cuda" or "cpu".
-        workload, direction, mask, bits, dtype: what this package computes.
-        against: what it is compared with.
+        workload, direction, mask, bits, dtype: what this package computes, by its fastest backend.
+        against: what that is compared with; TRITON compares two of its backends.
         ratio: for peers, how many times as fast as they are it shall be, at least; for itself without bits and for the
             memory floor, how many times as long it may take, at most.
     """
@@ -35,7 +36,7 @@ class Goal:
 
     @property
     def is_speed_up(self) -> bool:
-        return self.against in (DENSE, FLEX)
+        return self.against in (DENSE, FLASH, FLEX, TRITON)
 
     @property
     def text(self) -> str:
@@ -54,6 +55,9 @@ GOALS = (
     Goal("cuda", "squad384", FORWARD, "element", None, "float16", FLEX, 3.0),
     Goal("cuda", "squad384", FORWARD, "tile", None, "float16", FLEX, 3.0),
     Goal("cuda", "squad384", FORWARD, "dense", None, "float16", DENSE, _NO_LOSS),
+    Goal("cuda", "squad384", FORWARD, "dense", None, "float16", FLASH, _NO_LOSS),
+    Goal("cuda", "squad384", FORWARD, "element", None, "float16", TRITON, 1.2),
+    Goal("cuda", "squad384", FORWARD, "tile", None, "float16", TRITON, 1.2),
     Goal("cuda", "long4096", FORWARD, "element", None, "float16", DENSE, 6.0),
     Goal("cuda", "long4096", FORWARD, "tile", None, "float16", DENSE, 6.0),
     Goal("cuda", "squad384", FORWARD_BACKWARD, "element", None, "float16", DENSE, 1.5),
@@ -99,14 +103,26 @@ def outcomes(results: dict[str, Any], goals: Sequence[Goal] = GOALS) -> list[Out
 
 def outcome(results: dict[str, Any], goal: Goal) -> Outcome:
     own = fastest_own(results, goal.workload, goal.direction, goal.mask, goal.bits)
+    if goal.against == TRITON:
+        own, other = (
+            fastest(find_rows(results, goal.workload, goal.direction, variant=name, mask=goal.mask, bits=goal.bits))
+            for name in ("native", "triton")
+        )
+        return _compared(goal, own, other)
     if goal.against == MEMORY:
         return Outcome(goal, own, None, None if own is None else 1 / own["memory_share"])
     if goal.against == DENSE:
         other = fastest_dense(results, goal.workload, goal.direction)
+    elif goal.against == FLASH:
+        other = fastest(find_rows(results, goal.workload, goal.direction, variant="sdpa-flash", mask="dense"))
     elif goal.against == FLEX:
         other = fastest(find_rows(results, goal.workload, goal.direction, variant="flex", mask=goal.mask))
     else:
         other = fastest_own(results, goal.workload, goal.direction, goal.mask, None)
+    return _compared(goal, own, other)
+
+
+def _compared(goal: Goal, own: Row | None, other: Row | None) -> Outcome:
     if own is None or other is None:
         return Outcome(goal, own, other, None)
     ratio = other["p50_ms"] / own["p50_ms"]

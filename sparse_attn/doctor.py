@@ -54,7 +54,9 @@ def _extension() -> Finding:
         return Finding("C++ extension", False, reason, extension.HOW_TO_GET_IT)
     best, *others = native_cpu.instruction_sets()
     also = f" (also: {', '.join(others)})" if others else ""
-    return Finding("C++ extension", True, f"kernels for {best} are used{also}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    counted = "1 thread" if threads == 1 else f"{threads} threads"
+    return Finding("C++ extension", True, f"kernels for {best} are used{also}, {counted}")
 
 
 def _cuda_kernel() -> list[Finding]:

@@ -310,9 +310,11 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
     products(space.first_lanes, dims, queries, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
       const float lse = call.lse[row_start + list.rows[entry]];
       const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse * LOG2_E);
-      store(grad_scores + entry * LANES, kept_or(list, entry, exp2_of(log2_p), 0.0f));
+      const Floats p = exp2_of(log2_p);
+      store(grad_scores + entry * LANES, kept_or(list, entry, p, 0.0f));
       if (call.rounding.count > 0) {
-        store(used + entry * LANES, kept_or(list, entry, round_to_levels(log2_p), 0.0f));
+        // Levels know no NaN.
+        store(used + entry * LANES, kept_or(list, entry, round_to_levels(log2_p) + p * 0.0f, 0.0f));
       }
     });
     products(space.second_lanes, dims, grads, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {

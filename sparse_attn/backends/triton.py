@@ -23,7 +23,7 @@ NOT_INSTALLED = f"Triton is not installed; {extension.how_to_install('gpu')}"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TENSORS, _SIZES = len(fields(StepLists)) - 1, 1 + len(fields(KernelConfig))  # of a kernel, see `configured_arguments`
-_MAX_OFFSET = 2**31 - 1  # offsets within one head are 32-bit
+_MAX_OFFSET = 2**31 - 1  # offsets within one head of a sequence are 32-bit
 
 
 def unsupported(call: AttentionCall, training: bool) -> list[str]:
@@ -43,16 +43,20 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
     if call.query.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"head_dim {call.query.shape[-1]} is larger than {MAX_HEAD_DIM}")
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
-        span = _head_span(tensor, call.packed)
+        span = _head_span(tensor, call)
         if span > _MAX_OFFSET:
             reasons.append(f"one head of the {name} spans {span} elements, more than 32 bits can address")
+    length = call.max_length if call.packed else call.query.shape[2]
+    if length * call.query.shape[1] * call.query.shape[-1] > _MAX_OFFSET:  # its heads lie beside tokens
+        reasons.append("one sequence of the output has more elements than 32 bits can address")
     return reasons
 
 
-def _head_span(tensor: Tensor, packed: bool) -> int:
-    """How far the last element of a head lies behind its first one, in elements."""
-    rows, dims = (0, 2) if packed else (2, 3)
-    return sum((tensor.shape[dim] - 1) * abs(tensor.stride(dim)) for dim in (rows, dims))
+def _head_span(tensor: Tensor, call: AttentionCall) -> int:
+    """How far the last element of a sequence's head lies behind its first one, in elements."""
+    rows, dims = (0, 2) if call.packed else (2, 3)
+    length = call.max_length if call.packed else tensor.shape[rows]
+    return (length - 1) * abs(tensor.stride(rows)) + (tensor.shape[dims] - 1) * abs(tensor.stride(dims))
 
 
 def _installed() -> bool:
@@ -110,7 +114,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import launch
 
-    if _head_span(grad_output, call.packed) > _MAX_OFFSET:
+    if _head_span(grad_output, call) > _MAX_OFFSET:
         grad_output = grad_output.contiguous()
     gradients = empty_gradients(call)
     of_queries, of_keys = _kernel_arguments(call, "grad_query"), _kernel_arguments(call, "grad_key_value")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.attention_goals import DENSE, FLEX, GOALS, MEMORY, UNROUNDED, Goal, outcome, outcomes
+from benchmarks.attention_goals import DENSE, FLASH, FLEX, GOALS, MEMORY, TRITON, UNROUNDED, Goal, outcome, outcomes
 from tests.benchmarks.attention_samples import make_results, make_row
 
 GOAL = Goal("cuda", "squad384", "forward", "tile", None, "float16", DENSE, 2.0)
@@ -20,6 +20,7 @@ ROWS = (
     ("against", "bits", "ratio", "other"),
     [
         (DENSE, None, 2.5, "sdpa-cudnn"),
+        (FLASH, None, 3.0, "sdpa-flash"),
         (FLEX, None, 4.0, "flex"),
         (UNROUNDED, 3, 1.1, "triton"),
         (MEMORY, None, 2.0, None),
@@ -44,6 +45,14 @@ def test_the_fastest_of_ours_is_compared_with_the_right_row(against, bits, ratio
 )
 def test_goals_are_met_or_missed(against, bits, ratio, met):
     assert outcome(make_results(ROWS), replace(GOAL, against=against, bits=bits, ratio=ratio)).met is met
+
+
+def test_two_backends_are_compared_whichever_is_faster():
+    for native, ratio in ((0.016, 1.25), (0.04, 0.5)):
+        rows = (*ROWS, make_row("native", native, mask="tile"))
+        found = outcome(make_results(rows), replace(GOAL, against=TRITON, ratio=1.2))
+        assert found.ratio == pytest.approx(ratio) and found.met is (ratio > 1.2)
+        assert (found.own["variant"], found.other["variant"]) == ("native", "triton")
 
 
 @pytest.mark.parametrize("changed", [{"workload": "long4096"}, {"mask": "element"}, {"bits": 4}])
