@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import extension
 from .backends import BACKENDS, automatic, reference, usual
 from .layout import SparseLayout
 from .ops import AttentionCall, run
@@ -256,6 +257,8 @@ _warned_of: set[tuple[str, ...]] = set()  # backends that took the place of othe
 
 def _warn_of_refusals(backend: str, refusals: dict[str, list[str]]) -> None:
     """Says once what computes attention where the backends that are faster refuse."""
+    if list(refusals) == ["native"] and not extension.available():
+        return extension.warn_of_absence()
     kind = (backend, *refusals)
     if kind not in _warned_of:
         _warned_of.add(kind)

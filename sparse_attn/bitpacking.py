@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +11,6 @@ from . import extension
 
 torch.library.define("sparse_attn::pack_bits", "(Tensor mask) -> Tensor")
 torch.library.define("sparse_attn::unpack_bits", "(Tensor packed, int count) -> Tensor")
-_warning = threading.Lock()
 
 
 @torch.library.register_fake("sparse_attn::pack_bits")
@@ -126,16 +122,5 @@ def _check_packed(packed: torch.Tensor, count: int) -> None:
 def _native() -> bool:
     if extension.available():
         return True
-    with _warning:
-        _warn_once()
+    extension.warn_of_absence()
     return False
-
-
-@functools.cache
-def _warn_once() -> None:
-    warnings.warn(
-        "making and loading masks is slower: numpy packs their bits on one thread, because "
-        f"{extension.reason()}. To speed it up, {extension.HOW_TO_GET_IT}.",
-        RuntimeWarning,
-        stacklevel=4,
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +31,22 @@ def reason() -> str | None:
     """Why the extension is not available; None where it is."""
     with _loading:
         return _load()
+
+
+def warn_of_absence() -> None:
+    """Says once in a process what is slower without the extension, and how to get it."""
+    with _loading:
+        _warn()
+
+
+@functools.cache
+def _warn() -> None:
+    warnings.warn(
+        "masks are packed by numpy on one thread and CPUs compute attention through torch, both slower, because "
+        f"{_load()}. To speed them up, {HOW_TO_GET_IT}.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 @functools.cache
