@@ -132,11 +132,13 @@ def test_lengths_outside_the_tensors(backend, device):
     """A length beyond the tensors means all of them, one below zero none."""
     query, key, value = random_inputs((3, 2, 20, 32), torch.float32, device)
     layout = random_layout(2, 32, 0.5, device)
-    lengths = torch.tensor([25, -3, 20], device=device)
-    arguments = dict(key_lengths=lengths, query_lengths=lengths)
-    result = sparse_attention(query, key, value, layout, backend=backend, **arguments)
-    assert_within_budget(result, query, key, value, layout, **arguments)
-    assert (result[1] == 0).all()
+    real = torch.tensor([20, 0, 20], device=device)
+    for lengths in ([25, -3, 20], [2**40, -(2**40), 2**31]):
+        lengths = torch.tensor(lengths, device=device)
+        arguments = dict(key_lengths=lengths, query_lengths=lengths)
+        result = sparse_attention(query, key, value, layout, backend=backend, **arguments)
+        assert_within_budget(result, query, key, value, layout, key_lengths=real, query_lengths=real)
+        assert (result[1] == 0).all()
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
@@ -155,6 +157,23 @@ def test_strided_arguments(backend, device):
         sparse_attention(*packed, layout, cu_seqlens=bounds, backend=name) for name in (backend, "reference")
     )
     torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native"))
+def test_strided_inputs_are_not_copied(backend, device, packed):
+    """What transformers passes: query, key and value beside each other, heads beside tokens."""
+    layout = random_layout(2, 32, 0.5, device)
+    beside = torch.randn(2, 32, 3, 2, 32, device=device).unbind(2)
+    tensors = [tensor.flatten(0, 1) if packed else tensor.transpose(1, 2) for tensor in beside]
+    bounds = torch.tensor([0, 32, 64], dtype=torch.int32, device=device)
+    arguments = dict(cu_seqlens=bounds, max_length=32) if packed else {}
+    sparse_attention(*tensors, layout, backend=backend, **arguments)  # compiles the layout
+    assert not any(tensor.is_contiguous() for tensor in tensors)
+    with torch.profiler.profile() as profile:
+        sparse_attention(*tensors, layout, backend=backend, **arguments)
+    names = {event.name for event in profile.events()}
+    assert names and not names & {"aten::clone", "aten::contiguous"}
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
@@ -237,6 +256,22 @@ def test_what_is_not_finite_stays_visible(backend, device, bits, bad):
     assert not torch.isfinite(lse[reaches]).any()
     if backend != "torch":  # which adds -inf to pruned scores
         torch.testing.assert_close(output[~reaches], finite[~reaches], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 3, QuantizationTable(1e-2, (0.0, 0.03, 0.2, 0.7))])
+@pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
+def test_what_is_not_finite_stays_visible_in_gradients(backend, device, bits, request):
+    if backend == "triton" and bits is not None:
+        reason = "rounding in Triton's backward pass makes level 0 of NaN, in the gradient of the value alone"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    layout = random_layout(2, 32, 0.5, device)
+    tensors = random_inputs((1, 2, 32, 32), torch.float32, device)
+    tensors[0][0, 0, 3, 5] = float("nan")
+    grad_output = torch.randn(1, 2, 32, 32, device=device)
+    of_query, of_key, of_value = gradients(tensors, layout, grad_output, backend, bits=bits)
+    seen = layout.keep()[0, 3]
+    assert of_query[0, 0, 3].isnan().all() and of_key[0, 0, seen].isnan().all() and of_value[0, 0, seen].isnan().all()
+    assert not any(one[0, 1].isnan().any() for one in (of_query, of_key, of_value))
 
 
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch", "reference"))
@@ -354,13 +389,32 @@ def test_heads_beyond_32_bit_offsets_are_refused():
         sparse_attention(near, near, far, layout, backend="triton")
 
 
+def test_outputs_beyond_32_bit_offsets_are_refused(monkeypatch):
+    """Heads of an output lie beside tokens, further apart than those of a contiguous query."""
+    query = torch.empty(1, 2, 5, 32, dtype=torch.float16, device="meta")
+    layout = random_layout(2, 5, 0.0, "cpu").to("meta")
+    monkeypatch.setattr(triton, "_MAX_OFFSET", 5 * 2 * 32 - 1)
+    with pytest.raises(RuntimeError, match="one sequence of the output has more elements than 32 bits"):
+        sparse_attention(query, query, query, layout, backend="triton")
+
+
+def test_packed_batches_may_be_longer_than_32_bit_offsets(monkeypatch):
+    device = "cuda" if CUDA else "cpu"
+    layout = random_layout(2, 20, 0.5, device)
+    tensors = random_inputs((60, 2, 32), torch.float32, device)
+    cu_seqlens = torch.tensor([0, 20, 35, 55, 60], device=device, dtype=torch.int32)
+    expected = sparse_attention(*tensors, layout, cu_seqlens=cu_seqlens, backend="triton")
+    monkeypatch.setattr(triton, "_MAX_OFFSET", 20 * 2 * 32)
+    assert torch.equal(sparse_attention(*tensors, layout, cu_seqlens=cu_seqlens, backend="triton"), expected)
+
+
 def test_output_gradients_beyond_32_bit_offsets_are_copied(monkeypatch):
     from sparse_attn.kernels import launch
 
     device = "cuda" if CUDA else "cpu"
-    layout = random_layout(2, 20, 0.5, device)
-    tensors = [tensor.contiguous() for tensor in random_inputs((1, 2, 20, 32), torch.float32, device)]
-    grad_output = torch.randn(1, 2, 20, 64, device=device)[..., ::2]
+    layout = random_layout(1, 20, 0.5, device)
+    tensors = random_inputs((1, 1, 20, 32), torch.float32, device)
+    grad_output = torch.randn(1, 1, 20, 64, device=device)[..., ::2]
     expected = gradients(tensors, layout, grad_output, "triton")
     launched, launch_backward = [], launch.backward_key_value
     monkeypatch.setattr(launch, "backward_key_value", lambda *given: launched.append(given) or launch_backward(*given))
