@@ -47,7 +47,7 @@ def _read_and_run(options: Namespace) -> int:
         try:
             return _run(setting)
         except OSError as error:
-            return fail("squad", f"{options.output} or another file cannot be written: {error}", status=1)
+            return fail("squad", error, status=1)
 
 
 def _run(asked: Setting) -> int:

@@ -65,10 +65,19 @@ def summary(setting: Setting, models: Mapping[str | None, Models], outcome: Outc
 
 
 def write_results(results: dict[str, Any], masks: Sequence[GlobalMask], folder: Path) -> None:
-    """Writes the files; each is complete or not there at all. The page shows the `masks` of the rows."""
+    """Writes the files, numbers before pictures; each is complete or not there at all. The page shows the `masks` of
+    the rows. Raises OSError that names the folder."""
+    try:
+        with complete_files(folder) as unfinished:
+            (unfinished / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            (unfinished / "results.md").write_text(markdown(results), encoding="utf-8")
+        _draw_all(results, masks, folder)
+    except OSError as error:
+        raise OSError(f"results cannot be written to {folder}: {error}") from error
+
+
+def _draw_all(results: dict[str, Any], masks: Sequence[GlobalMask], folder: Path) -> None:
     with complete_files(folder) as unfinished:
-        (unfinished / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (unfinished / "results.md").write_text(markdown(results), encoding="utf-8")
         draw(results, unfinished / "results.png")
         for sweep in results["sweeps"]:
             if sweep["rows"]:
