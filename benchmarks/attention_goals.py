@@ -36,7 +36,7 @@ class Goal:
 
     @property
     def is_speed_up(self) -> bool:
-        return self.against in (DENSE, FLASH, FLEX, TRITON)
+        return self.against not in (UNROUNDED, MEMORY)
 
     @property
     def text(self) -> str:
@@ -102,27 +102,22 @@ def outcomes(results: dict[str, Any], goals: Sequence[Goal] = GOALS) -> list[Out
 
 
 def outcome(results: dict[str, Any], goal: Goal) -> Outcome:
+    def measured(variant: str, mask: str, bits: int | None) -> Row | None:
+        return fastest(find_rows(results, goal.workload, goal.direction, variant=variant, mask=mask, bits=bits))
+
     own = fastest_own(results, goal.workload, goal.direction, goal.mask, goal.bits)
-    if goal.against == TRITON:
-        own, other = (
-            fastest(find_rows(results, goal.workload, goal.direction, variant=name, mask=goal.mask, bits=goal.bits))
-            for name in ("native", "triton")
-        )
-        return _compared(goal, own, other)
     if goal.against == MEMORY:
         return Outcome(goal, own, None, None if own is None else 1 / own["memory_share"])
     if goal.against == DENSE:
         other = fastest_dense(results, goal.workload, goal.direction)
     elif goal.against == FLASH:
-        other = fastest(find_rows(results, goal.workload, goal.direction, variant="sdpa-flash", mask="dense"))
+        other = measured("sdpa-flash", "dense", None)
     elif goal.against == FLEX:
-        other = fastest(find_rows(results, goal.workload, goal.direction, variant="flex", mask=goal.mask))
+        other = measured("flex", goal.mask, None)
+    elif goal.against == TRITON:
+        own, other = (measured(name, goal.mask, goal.bits) for name in ("native", "triton"))
     else:
         other = fastest_own(results, goal.workload, goal.direction, goal.mask, None)
-    return _compared(goal, own, other)
-
-
-def _compared(goal: Goal, own: Row | None, other: Row | None) -> Outcome:
     if own is None or other is None:
         return Outcome(goal, own, other, None)
     ratio = other["p50_ms"] / own["p50_ms"]

@@ -14,10 +14,12 @@ from .device import ROOT
 from .pages import complete_files, table_lines
 
 _RECORDS = ROOT / "benchmarks" / "results"
+_SOURCE = "# source of "  # begins a line of a record
 # Shared memory that one block can have, in bytes.
 SHARED_LIMITS = {
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536,
 }  # fmt: skip
+_COLUMNS = ("table", "chip", "kernel", "compiled", "registers", "shared memory", "that spill", "most spilled bytes")
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,6 @@ def write_record(record: Record, path: Path) -> None:
         writer.writerows(astuple(one) for one in record.compiled)
 
 
-_SOURCE = "# source of "
-
-
 def compiled_section(folder: Path) -> str:
     """Markdown of what the records in `folder` say: a line for each table, chip and kernel."""
     lines = []
@@ -106,9 +105,6 @@ def compiled_section(folder: Path) -> str:
         lines += [*table_lines(_COLUMNS, rows, text_columns=3), ""]
         lines += [f"File: [{path.name}](../benchmarks/results/{path.name})", ""]
     return "\n".join(lines)
-
-
-_COLUMNS = ("table", "chip", "kernel", "compiled", "registers", "shared memory", "that spill", "most spilled bytes")
 
 
 def _row(results: list[Compiled]) -> list[str]:

@@ -42,10 +42,11 @@ def output_budget(
     """
     exact, factor = [tensor.double() for tensor in (query, key, value)], 1 / (1 - dropout)
     output, used = attention_probabilities(*exact, layout, bits=bits, **arguments)
-    plain = _rounded(_rounded(used, query.dtype) @ exact[2], query.dtype)
-    allowed = 2 * (plain - output).abs().max()
     if dropout:
         allowed = _unit(factor * used @ exact[2].abs(), query.dtype).max()
+    else:
+        plain = _rounded(_rounded(used, query.dtype) @ exact[2], query.dtype)
+        allowed = 2 * (plain - output).abs().max()
     allowed = allowed + 1e-5 * factor * exact[2].abs().max()
     if bits is None:
         return output, allowed.expand_as(output)

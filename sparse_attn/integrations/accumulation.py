@@ -48,19 +48,25 @@ class AttentionSums:
         self._layer, self._batch = 0, []
 
     def add_layer(
-        self, query: Tensor, key: Tensor, value: Tensor, real: Packing | Tensor | None, scale: float, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Packing | Tensor | None,
+        scale: float,
+        causal: bool,
     ) -> Tensor | None:
         """Attention of the next layer, added to its sums.
 
         Args:
             query, key, value: [batch, heads, length, head_dim], or [1, heads, tokens, head_dim] with a Packing.
-            real: bool [batch, length], or the packing; None where all are.
+            padding_mask: bool [batch, length], true = real, or the Packing in its place; None where all are real.
 
         Returns:
             [batch, length, heads, head_dim], zero at padding; None after the last layer, which is not computed.
         """
         if self._layer == 0:
-            self._batch = _sequences(query, real)
+            self._batch = _sequences(query, padding_mask)
             self._count(query.device, causal)
         layer, self._layer = self._layer, self._layer + 1
         last = self._layer == self.layers
@@ -143,15 +149,15 @@ class AttentionSums:
         self.counts[:longest, :longest] += pairs.tril() if causal else pairs
 
 
-def _sequences(query: Tensor, real: Packing | Tensor | None) -> list[_Sequence]:
-    if isinstance(real, Packing):
-        starts = real.cu_seqlens.tolist()
+def _sequences(query: Tensor, padding_mask: Packing | Tensor | None) -> list[_Sequence]:
+    if isinstance(padding_mask, Packing):
+        starts = padding_mask.cu_seqlens.tolist()
         bounds = list(zip(starts, starts[1:]))
-        if real.real is None:
+        if padding_mask.real is None:
             return [_Sequence(0, slice(*bound), bound[1] - bound[0], None) for bound in bounds]
-        positions = real.places % real.length
+        positions = padding_mask.places % padding_mask.length
         return [_Sequence(0, slice(*bound), bound[1] - bound[0], positions[slice(*bound)]) for bound in bounds]
-    if real is None:
+    if padding_mask is None:
         return [_Sequence(row, slice(query.shape[2]), query.shape[2], None) for row in range(query.shape[0])]
-    places = [row.nonzero()[:, 0] for row in real]
+    places = [row.nonzero()[:, 0] for row in padding_mask]
     return [_Sequence(row, positions, len(positions), positions) for row, positions in enumerate(places)]

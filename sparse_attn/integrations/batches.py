@@ -35,9 +35,7 @@ def moved_batches(batches: Iterable[Mapping[str, Tensor]], device: torch.device)
 
 
 def without_common_padding(batch: dict[str, object]) -> dict[str, object]:
-    """A batch without labels, and without the positions at its end that are padding in every sequence, which a mask
-    need not cover."""
-    batch = {name: value for name, value in batch.items() if name != "labels"}
+    """A batch without the positions at its end that are padding in every sequence, which a mask need not cover."""
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return batch

@@ -53,6 +53,7 @@ def collect_probabilities(
     ):
         shown = with_progress(batches, "counting probabilities", enabled=progress)
         for batch in moved_batches(shown, device):
+            batch.pop("labels", None)  # there is no loss, and they may have other lengths
             encoder.model(**without_common_padding(batch))
             passes += 1
     if passes == 0:

@@ -48,21 +48,8 @@ def test_two_processes_find_the_accuracy_of_one(arguments, tmp_path):
 @pytest.mark.xdist_group("distributed")
 def test_two_processes_train_one_checkpoint(arguments, tmp_path):
     command = [*arguments, "--variants", "sparse-unpadded+bits", "--finetune", "--epochs", "1", "--recover-epochs", "1"]
-    done = launch(
-        [
-            *command,
-            "--batch-size",
-            "2",
-            "--repeats",
-            "1",
-            "--table",
-            "renormalised",
-            "--device",
-            "cpu",
-            "--rounding-epochs",
-            "1",
-        ]
-    )
+    command += ["--batch-size", "2", "--repeats", "1", "--table", "renormalised", "--rounding-epochs", "1"]
+    done = launch([*command, "--device", "cpu"])
     assert done.returncode == 0, done.stderr
     names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache" / "squad").iterdir())
     assert names == ["dense", "rounded", "sparse"]
