@@ -11,6 +11,7 @@ from torch import Tensor
 from sparse_attn import SparseLayout
 
 from .attention_workloads import FORWARD_BACKWARD, Workload
+from .ceilings import kept_in_corners
 
 TILE_ROWS = 16
 
@@ -94,7 +95,7 @@ class LayerMask:
 
     def kept(self, workload: Workload) -> int:
         """Positions kept, over all heads and the real tokens of all sequences."""
-        return sum(int(self._corner_count[length - 1]) for length in workload.sequence_lengths)
+        return sum(int(self._kept_in_corners[length - 1]) for length in workload.sequence_lengths)
 
     def density(self, workload: Workload) -> float:
         """Share of the workload's positions that the mask keeps."""
@@ -108,13 +109,8 @@ class LayerMask:
         return touched / (workload.heads * sum(count * length for count, length in lengths))
 
     @cached_property
-    def _corner_count(self) -> Tensor:
-        """Positions kept, over all heads, in the top-left corner of every size from 1 on: int64."""
-        count = torch.zeros(self.keep.shape[-1], dtype=torch.int64, device=self.keep.device)
-        for head in self.keep:  # head by head: the mask of a long sequence is large
-            # Size n + 1 adds row n up to the diagonal and column n above it.
-            count += head.tril().sum(1) + head.triu(1).sum(0)
-        return count.cumsum(0)
+    def _kept_in_corners(self) -> Tensor:
+        return kept_in_corners(self.keep)
 
     @cached_property
     def _group_columns(self) -> Tensor:

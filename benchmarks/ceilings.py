@@ -5,6 +5,7 @@ A floor is the time that a ceiling leaves: no kernel that moves as many bytes, o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +33,36 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 
 
     A kernel copies, changing signs: a GPU's copy engine, which `copy_` in a graph may use, has less bandwidth.
     """
-    generator, side = torch.Generator(device).manual_seed(0), _MATRIX_SIDE[device.type]
+    generator = torch.Generator(device).manual_seed(0)
     source = torch.empty(_COPIED_BYTES[device.type] // 4, dtype=torch.float32, device=device).normal_(
         generator=generator
     )
     target = torch.empty_like(source)
+    product, flops = _matrix_product(device, dtype)
+    copy, multiply = _medians(device, [lambda: torch.neg(source, out=target), product], seconds)
+    return Ceilings(2 * source.nbytes / copy, flops / multiply)
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """`Ceilings.matrix_flops_per_second` alone."""
+    product, flops = _matrix_product(device, dtype)
+    return flops / _medians(device, [product], seconds)[0]
+
+
+def _matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A large product, and how many operations it is."""
+    generator, side = torch.Generator(device).manual_seed(0), _MATRIX_SIDE[device.type]
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=product), 2 * side**3
+
+
+def _medians(device: torch.device, calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
+    """Seconds of each call, timed in turns for `seconds` each."""
     timer = make_timer(device)
-    timed = [
-        timer.prepare(lambda: torch.neg(source, out=target)),
-        timer.prepare(lambda: torch.mm(left, right, out=product)),
-    ]
-    time_in_turns(timer, timed, [seconds] * 2)
-    copy, multiply = (percentiles(one.milliseconds)[1] / 1e3 for one in timed)
-    return Ceilings(2 * source.nbytes / copy, 2 * side**3 / multiply)
+    timed = [timer.prepare(call) for call in calls]
+    time_in_turns(timer, timed, [seconds] * len(timed))
+    return [percentiles(one.milliseconds)[1] / 1e3 for one in timed]
 
 
 def least_bytes(workload: Workload, direction: str, element_bytes: int) -> int:
@@ -61,3 +77,13 @@ def useful_flops(workload: Workload, direction: str, kept: float) -> float:
     and additions for each forward, five more backward."""
     forward = 4 * workload.head_dim * kept
     return forward if direction == FORWARD else _BOTH_OVER_FORWARD * forward
+
+
+def kept_in_corners(keep: torch.Tensor) -> torch.Tensor:
+    """Positions that a mask, bool [heads, length, length], keeps in the top-left corner of 1, 2, ... tokens, over all
+    heads: int64 [length]."""
+    counts = torch.zeros(keep.shape[-1], dtype=torch.int64, device=keep.device)
+    for head in keep:  # head by head: the mask of a long sequence is large
+        # Size n + 1 adds row n up to the diagonal and column n above it.
+        counts += head.tril().sum(1) + head.triu(1).sum(0)
+    return counts.cumsum(0)

@@ -2,8 +2,11 @@
 
 The extension's build, tests, tuning, the attention benchmark and SQuAD, in this order: each in a slot of the time, as
 long at least as what it needs in any case, while time is left. Asked for by name: random calls compared with float64,
-the native kernel under compute-sanitizer, and long documents. A step that fails does not stop those after it. All
-results lie in one folder: log.txt, summary.json, the tuning table, attention.json, rows of SQuAD in squad/ and so on.
+the native kernel under compute-sanitizer, hardware counters, and long documents. A step that fails does not stop those
+after it.
+
+All results lie in one folder: log.txt, summary.json, the tuning table, attention.json, rows of SQuAD in squad/ and so
+on.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 
 from sparse_attn.kernels.configuration import TABLES, table_name
 
+from .counters import no_profiler
 from .device import no_gpu, spare_processors
 from .gpu_steps import OK, SKIPPED, Outcome, Step, print_summary, run_steps, write_summary
 from .options import OneLineParser, chosen, fail, folder_to_write, names, positive
@@ -28,7 +32,7 @@ from .squad.options import parse_options as squad_options
 
 USUAL = ("build", "tests", "tune", "tune-native", "attention", "squad", "squad-shape")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-NAMES = (*USUAL, "random-triton", "random-native", *SANITIZERS, "long")
+NAMES = (*USUAL, "random-triton", "random-native", *SANITIZERS, "counters", "long")
 _SHAPE = "bert-base-shape"
 # These need no GPU.
 _IGNORED_TESTS = (
@@ -72,6 +76,7 @@ def make_steps(options: Namespace, device: str) -> list[Step]:
         Step("random-triton", _random_command("triton", 500), share=20, least=110),
         Step("random-native", _random_command("native", 500), share=8, least=60),
         *(_sanitizer_step(tool) for tool in SANITIZERS),
+        _counters_step(output / "counters.json"),
         Step("long", _long_command(output / "long.json"), share=12, least=120),
     ]
     asked = list(NAMES) if options.steps == ["all"] else options.steps
@@ -129,6 +134,10 @@ def _sanitizer_step(tool: str) -> Step:
     # With a cache of memory, accesses past the end of a tensor would be inside of what the tool knows as allocated.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Step(tool, command, share=9, least=75, environment=uncached, skipped=_no_sanitizer())
+
+
+def _counters_step(results: Path) -> Step:
+    return Step("counters", _python("counters", "--json", results), share=9, least=75, skipped=no_profiler())
 
 
 def _no_sanitizer() -> str:

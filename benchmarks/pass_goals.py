@@ -43,6 +43,7 @@ _PASSES = {
     ("cpu", "bfloat16"): (("eager-padded", 4.5), ("sdpa-sorted", 1.2)),
     ("cuda", "bfloat16"): (("eager-padded", 4.0), ("sdpa-padded", 2.0), (None, 1.1)),
 }
+_MATRIX_SHARES = {("cuda", "bfloat16"): 0.45}  # of the measured rate of matrix products, at least
 _MEMORY = {"cpu": 0.6, "cuda": 0.5}  # of eager-padded, at most
 _LONG = 2.0
 _COLLECTION = 2.0
@@ -68,6 +69,10 @@ def _pass_goals(results: Results, own: Row) -> Iterator[Reached]:
         if other is not None:
             what = f"{_named(own)} against {other['variant']}"
             yield at_least(what, other["seconds"] / own["seconds"], goal)
+    least = _MATRIX_SHARES.get((device, own["dtype"]))
+    if least is not None and "matrix_share" in own:
+        share, figure = own["matrix_share"], f"{math.floor(round(own['matrix_share'] * 100, 6))}%"
+        yield Reached(f"{_named(own)}, of the matrix rate", f"at least {least:.0%}", figure, share >= least)
     eager = by_name.get("eager-padded")
     if eager is not None:
         share = own["peak_memory_bytes"] / eager["peak_memory_bytes"]

@@ -1,9 +1,9 @@
 """Renders the committed results into the pages and pictures that show them: `python -m benchmarks.report [--check]`.
 
 Results lie in benchmarks/results/<device>/: attention-*.json (of these, the newest of each device and dtype is shown),
-squad-*.json, long-*.json and collect-*.json, as the benchmarks of these names write them, and beside the folders what
-`kernel_report` recorded. Pages show them between markers; nothing there is typed by hand. --check writes nothing and
-fails if a page is out of date.
+squad-*.json, long-*.json, collect-*.json and counters-*.json, as the benchmarks of these names write them, and beside
+the folders what `kernel_report` recorded. Pages show them between markers; nothing there is typed by hand. --check
+writes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import collect, long
+from . import collect, counters, long
 from .attention_chart import draw_roofline, draw_times
 from .attention_results import newest_results
 from .attention_table import SUMMARY_COLUMNS, goal_lines, measured_lines, summary_rows
@@ -77,6 +77,15 @@ def pass_section(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def counter_section(folder: Path) -> str:
+    """Markdown of every file of hardware counters below `folder`."""
+    lines = []
+    for path, results in read_results(folder, "counters"):
+        table = counters.table(results)
+        lines += [f"{table.title}:", "", *table.lines(), "", *_file_lines(path, folder)]
+    return "\n".join(lines or ["No GPU's counters have been read yet.", ""])
+
+
 def attention_summary(folder: Path) -> str:
     """Markdown of a table with some lines for the newest attention results of each device."""
     found = newest_results(folder)
@@ -129,6 +138,7 @@ SECTIONS = (
     Section(README, "attention", attention_summary),
     Section(SQUAD, "squad", squad_section),
     Section(PERFORMANCE, "kernels", compiled_section),
+    Section(PERFORMANCE, "counter", counter_section),
     Section(PERFORMANCE, "pass", pass_section),
     Section(PERFORMANCE, "attention", attention_section),
     Section(ATTENTION, "attention", attention_rows),

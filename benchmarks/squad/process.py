@@ -71,6 +71,7 @@ def merged(
         peak_memory_bytes=max(one.peak_memory_bytes for one in figures),
         loaded_memory_bytes=None if None in loaded else max(loaded),
         processed_tokens=sum(one.processed_tokens for one in figures),
+        flops=sum(one.flops for one in figures),
         kernel=figures[0].kernel,
     )
     by_window: dict[str, list] = {name: [None] * len(lengths) for name in logits[0]}

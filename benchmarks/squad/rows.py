@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparse_attn.distributed import rank_and_world
 from sparse_attn.squad.answers import best_answers
 from sparse_attn.squad.metrics import exact_match_and_f1
 
+from ..ceilings import measure_matrix_rate
 from ..launched import first_of, is_first, of_all
 from ..verdicts import Absent
 from .checkpoints import Checkpoint, input_names
@@ -221,9 +223,17 @@ class _Bench:
             "windows_per_second": len(lengths) / seconds,
             "peak_memory_bytes": measured.peak_memory_bytes,
             "loaded_memory_bytes": measured.loaded_memory_bytes,
+            "flops": measured.flops,
+            "matrix_share": measured.flops / seconds / self._matrix_rate,
             "energy_joules": measured.joules,
             "kernel": measured.kernel,
         }
+
+    @cached_property
+    def _matrix_rate(self) -> float:
+        """Operations a second of large matrix products in all processes at the same time."""
+        dtype = getattr(torch, self.setting.options.dtype)
+        return sum(of_all(measure_matrix_rate(self.setting.device, dtype)))
 
     def _resumed(self, key: str) -> Row | None:
         path = self.store / f"{key}.json"

@@ -19,6 +19,7 @@ COLUMNS = (
     "windows/s",
     "tokens/s",
     "padded tokens",
+    "of matrix rate",
     "peak memory",
     "energy",
     "speed-up",
@@ -42,7 +43,7 @@ PUBLISHED = (
         "peak_memory_bytes": 5.00e9,
     },
 )
-_ROW_WIDTHS = (21, 12, 4, 6, 6, 8, 9, 9, 13, 11, 9, 8)  # of printed rows, before the widest of all is known
+_ROW_WIDTHS = (21, 12, 4, 6, 6, 8, 9, 9, 13, 14, 11, 9, 8)  # of printed rows, before the widest of all is known
 
 
 def with_speedups(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -73,6 +74,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         text("windows_per_second", "{:,.1f}"),
         text("tokens_per_second", "{:,.0f}"),
         ABSENT if padded in (None, row.get("tokens")) else f"{padded:,}",
+        text("matrix_share", "{:.0%}"),
         ABSENT if memory is None else f"{memory / 1e9:.2f} GB",
         text("energy_joules", "{:,.0f} J" if (row.get("energy_joules") or 100) >= 100 else "{:.3g} J"),
         text("speedup", "{:.2f}x"),

@@ -26,6 +26,7 @@ from sparse_attn.progress import with_progress
 
 from ..measure import current_memory, peak_memory, timed_passes
 from ..verdicts import Absent
+from .arithmetic import attention_flops, linear_flops_per_token
 from .feeding import Feed, Inputs, blocks_feed, packed_feed, padded_feed
 from .peers import use_flash, use_flex, use_packed
 from .shapes import SHAPES, build_shape
@@ -78,6 +79,7 @@ class Measured:
         peak_memory_bytes: `measure.peak_memory` of the batch with most tokens.
         loaded_memory_bytes: held by the model before the first pass (GPU), or resident by then (CPU).
         processed_tokens: of a pass, with the padding that the model works on.
+        flops: that a pass needs, counted on real tokens and kept positions.
         kernel: which function computes a peer's attention, where the variant's name leaves it open.
     """
 
@@ -87,6 +89,7 @@ class Measured:
     peak_memory_bytes: int
     loaded_memory_bytes: int | None
     processed_tokens: int
+    flops: float
     kernel: str | None
 
 
@@ -96,7 +99,9 @@ def measure(job: Job) -> tuple[Measured, dict[str, torch.Tensor]]:
     if device.index is not None:
         torch.cuda.set_device(device)
     inputs = Inputs.read(job.inputs)
-    model, kernel = _prepared(job, _loaded(job).to(device))
+    model = _loaded(job).to(device)
+    flops_per_token = linear_flops_per_token(model)
+    model, kernel = _prepared(job, model)
     feed = _feed(job, inputs, model, device)
     forward = torch.compile(model, dynamic=True) if job.compiled and job.attention != "sparse" else model
     tokens = [_processed_tokens(job, inputs, feed, batch) for batch in inputs.batches]
@@ -107,6 +112,8 @@ def measure(job: Job) -> tuple[Measured, dict[str, torch.Tensor]]:
     timed = timed_passes(_pass_over(forward, inputs.batches, feed, ticks), device, job.repeats)
     next(ticks, None)  # closes the bar
     start, end = inputs.restored(timed.result)
+    lengths = inputs.windows.lengths
+    mask = None if job.mask is None else GlobalMask.load(job.mask)
     measured = Measured(
         seconds=timed.seconds,
         warm_up_seconds=timed.warm_up_seconds,
@@ -114,6 +121,7 @@ def measure(job: Job) -> tuple[Measured, dict[str, torch.Tensor]]:
         peak_memory_bytes=peak,
         loaded_memory_bytes=loaded,
         processed_tokens=sum(tokens),
+        flops=flops_per_token * int(lengths.sum()) + attention_flops(model.config, lengths, mask),
         kernel=kernel,
     )
     return measured, {"start": start.contiguous(), "end": end.contiguous()}

@@ -128,13 +128,13 @@ def test_steps_get_their_least_before_shares_are_dealt_out(monkeypatch):
 
 def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     """Every module is there and takes the options that it gets."""
-    from benchmarks import attention, long, tune, tune_native
+    from benchmarks import attention, counters, long, tune, tune_native
     from benchmarks.squad.options import parse_options as squad_options
 
     monkeypatch.setattr(gpu_suite.shutil, "which", lambda name: f"/some/{name}")
     monkeypatch.setattr(gpu_suite.importlib.util, "find_spec", lambda name: name)
     parsers = {"tune": tune, "tune_native": tune_native, "attention": attention, "random_check": random_check}
-    parsers["long"] = long
+    parsers |= {"long": long, "counters": counters}
     options = gpu_suite.parse_options(["--output", str(tmp_path), "--model", "some/model"])
     usual = gpu_suite.make_steps(options, "Some GPU")
     assert [step.name for step in usual] == list(gpu_suite.USUAL)

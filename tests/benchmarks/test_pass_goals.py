@@ -38,6 +38,9 @@ def test_on_a_gpu_the_best_peer_counts():
     found = list(squad_goals({**results(rows), "device_type": "cuda"}))
     assert [one.goal for one in found] == ["at least 4x as fast", "at least 1.1x as fast", "at most 50%"]
     assert found[1].what.endswith("against sdpa-unpadded") and found[1].met
+    rows = [{**one, "matrix_share": 0.4499} for one in rows]
+    *_, share, _ = squad_goals({**results(rows), "device_type": "cuda"})
+    assert (share.goal, share.figure, share.met) == ("at least 45%", "44%", False)
 
 
 def test_accuracy_is_compared_with_dense_and_bits_with_none():

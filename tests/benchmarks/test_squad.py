@@ -42,6 +42,7 @@ def in_process(monkeypatch):
         return measure(job)
 
     monkeypatch.setattr(squad_rows, "run_worker", run_worker)
+    monkeypatch.setattr(squad_rows, "measure_matrix_rate", lambda *_: 1e13)
     return labels
 
 
@@ -69,6 +70,8 @@ def test_a_run_prints_the_table_and_writes_its_files(in_process, arguments, tmp_
         assert row["speedup"] == pytest.approx(dense["seconds"] / row["seconds"])
         assert row["peak_memory_bytes"] >= row["loaded_memory_bytes"] > 0
         assert (row["model"], row["dtype"]) == ("tiny-answering", "float32")
+        assert 0 < row["matrix_share"] < 1
+    assert dense["flops"] == packed["flops"] > sparse["flops"] > 0
     assert (dense["em"], dense["f1"]) == (packed["em"], packed["f1"])
     assert dense["padded_tokens"] == 12 * 48 and packed["padded_tokens"] == results["data"]["tokens"]
     assert results["data"]["questions"] == results["data"]["windows"] == 12

@@ -67,11 +67,11 @@ def test_more_processes_than_batches_are_refused(arguments):
 def test_what_processes_find_becomes_one_row():
     lengths, shares = [1, 2, 3, 1], [[0, 2], [1, 3]]
     found = [
-        (Measured([1.0, 4.0], 9.0, 10.0, 100, None, 5, "flash"), {"start": torch.tensor([0.0, 20, 21, 22])}),
-        (Measured([2.0, 3.0], 8.0, 11.0, 300, 7, 6, "flash"), {"start": torch.tensor([10.0, 11, 30])}),
+        (Measured([1.0, 4.0], 9.0, 10.0, 100, None, 5, 1e6, "flash"), {"start": torch.tensor([0.0, 20, 21, 22])}),
+        (Measured([2.0, 3.0], 8.0, 11.0, 300, 7, 6, 2e6, "flash"), {"start": torch.tensor([10.0, 11, 30])}),
     ]
     together, logits = merged(found, shares, lengths, on_gpus=True)
-    assert together == Measured([2.0, 4.0], 9.0, 21.0, 300, None, 11, "flash")
+    assert together == Measured([2.0, 4.0], 9.0, 21.0, 300, None, 11, 3e6, "flash")
     assert [row.tolist() for row in logits["start"]] == [[0.0], [10.0, 11.0], [20.0, 21.0, 22.0], [30.0]]
     assert merged(found, shares, lengths, on_gpus=False)[0].joules == 11.0, "counters of a CPU know all processes"
     assert merged(found[:1], [[0, 2]], lengths, on_gpus=False)[0].joules == 10.0
