@@ -8,6 +8,7 @@ from transformers.masking_utils import eager_mask
 from tests.helpers import DEVICE
 
 TWIN = "masked_eager_twin"
+SIDES = ("right", "left", "holes")  # where padding lies
 
 
 def _masked_eager(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -68,8 +69,12 @@ def padded_inputs(lengths=(20, 13, 1), side="right") -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, 99, (len(lengths), total)), "attention_mask": real.long()}
 
 
-def device_inputs(*arguments, **keywords):
-    return {name: value.to(DEVICE) for name, value in padded_inputs(*arguments, **keywords).items()}
+def inputs_of(lengths=(20, 13, 1), side="right") -> dict[str, torch.Tensor]:
+    """The same on the device, with padding on a side or, "holes", also within."""
+    inputs = padded_inputs(lengths, "left" if side == "left" else "right")
+    if side == "holes":
+        inputs["attention_mask"][0, 3:9] = inputs["attention_mask"][1, 0] = 0
+    return {name: value.to(DEVICE) for name, value in inputs.items()}
 
 
 def run(model, inputs, **kwargs):

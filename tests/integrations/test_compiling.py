@@ -6,7 +6,7 @@ import torch
 from sparse_attn import GlobalMask, patch_bert
 from sparse_attn.integrations import unpadding
 from tests.helpers import DEVICE
-from tests.integrations.conftest import close, device_inputs, run
+from tests.integrations.conftest import close, inputs_of, run
 
 MASK = GlobalMask.random(2, 2, 32, sparsity=0.7)
 
@@ -23,7 +23,7 @@ def test_compiles_as_one_graph_for_any_length(model, backend):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((20, 13), (31, 2), (9, 9)):
-        inputs = device_inputs(lengths)
+        inputs = inputs_of(lengths)
         close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs)
     inputs.pop("attention_mask")
     torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
@@ -32,7 +32,7 @@ def test_compiles_as_one_graph_for_any_length(model, backend):
 @pytest.mark.parametrize("unpad", [True, False])
 def test_layers_compiled_one_by_one_are_compiled_once(model, unpad):
     patch_bert(model, MASK, unpad=unpad)
-    batches = [device_inputs(lengths) for lengths in ((20, 13), (31, 2))]
+    batches = [inputs_of(lengths) for lengths in ((20, 13), (31, 2))]
     expected = [run(model, inputs).last_hidden_state for inputs in batches]
     torch._dynamo.reset()
     graphs = []
@@ -54,7 +54,7 @@ def test_compiled_passes_have_gradients(model, mode):
     patch_bert(getattr(model, mode)(), GlobalMask(MASK.keep))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    compiled(**device_inputs()).last_hidden_state.square().sum().backward()
+    compiled(**inputs_of()).last_hidden_state.square().sum().backward()
     assert model.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
 
 
@@ -70,7 +70,7 @@ def test_a_traced_model_serves_other_padding(model):
     model.config.return_dict = False
     patch_bert(model, MASK)
     for traced_with, lengths in (((32, 32), (32, 10)), ((32, 20), (32, 32))):
-        example, inputs = (tuple(device_inputs(own).values()) for own in (traced_with, lengths))
+        example, inputs = (tuple(inputs_of(own).values()) for own in (traced_with, lengths))
         with torch.no_grad():
             traced = torch.jit.trace(model, example, strict=False, check_trace=False)
             own, expected = traced(*inputs)[0], model(*inputs)[0]
@@ -85,9 +85,9 @@ def test_an_exported_model_serves_other_shapes(model, strict):
     shapes = {name: {0: batch, 1: length} for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         program = torch.export.export(
-            model, (), device_inputs((31, 20, 7)), dynamic_shapes=shapes, strict=strict
+            model, (), inputs_of((31, 20, 7)), dynamic_shapes=shapes, strict=strict
         )  # fmt: skip
-    inputs = device_inputs((20, 9))
+    inputs = inputs_of((20, 9))
     exported = program.module()(**inputs).last_hidden_state
     close(exported, run(model, inputs).last_hidden_state, inputs)
 
@@ -114,7 +114,7 @@ def test_captured_in_a_cuda_graph(model, mode):
     rounds float16 at other places, which may move a probability over the edge of a bin: there are none then."""
     bits, unpad = (3, False) if mode == "graph" else (None, None)
     patch_bert(model.half(), MASK, bits=bits, unpad=unpad)
-    inputs = device_inputs()
+    inputs = inputs_of()
     if mode == "reduce-overhead":
         torch._dynamo.reset()
         replay = torch.compile(model, fullgraph=True, mode=mode)
@@ -134,6 +134,6 @@ def test_captured_in_a_cuda_graph(model, mode):
             return captured
 
     for lengths in ((20, 7, 3), (20, 20, 19)):
-        for name, value in device_inputs(lengths).items():
+        for name, value in inputs_of(lengths).items():
             inputs[name].copy_(value)
         close(run(replay, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs, atol=1e-2)

@@ -10,7 +10,7 @@ from torch import nn
 from sparse_attn import GlobalMask, is_patched, patch_bert, patch_model, unpatch
 from sparse_attn.integrations.models import FAMILIES, encoder_of
 from tests.helpers import DEVICE
-from tests.integrations.conftest import TWIN, padded_inputs
+from tests.integrations.conftest import SIDES, TWIN, inputs_of
 
 LAYERS = 3
 SIZES = dict(
@@ -42,8 +42,8 @@ def make(name: str, head: str = "Model") -> nn.Module:
     return model
 
 
-def dense_twin(model: nn.Module, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
-    """The last hidden state of an unpatched copy with the mask applied densely; layers count their calls."""
+def dense_twin(model: nn.Module, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The hidden states of an unpatched copy with the mask applied densely; layers count their calls."""
     dense = copy.deepcopy(model)
     dense.set_attn_implementation(TWIN)
     attention, calls = encoder_of(dense).attention, iter(range(LAYERS))
@@ -54,20 +54,22 @@ def dense_twin(model: nn.Module, inputs: dict[str, torch.Tensor], keep: torch.Te
     for module in dict.fromkeys(attention):
         module.register_forward_pre_hook(use_next_layer, with_kwargs=True)
     with torch.no_grad():
-        return dense(**inputs).last_hidden_state
+        return dense(**inputs, output_hidden_states=True).hidden_states
 
 
-@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize(("unpad", "side"), [(False, "right"), *((True, side) for side in SIDES)])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_the_dense_mask(name, unpad):
-    model = make(name)
-    inputs = {key: value.to(DEVICE) for key, value in padded_inputs().items()}
+def test_equals_the_dense_mask(name, unpad, side):
+    model, inputs = make(name), inputs_of(side=side)
     plain = model(**inputs).last_hidden_state
     expected = dense_twin(model, inputs, MASK.keep)
     with torch.no_grad():
         found = patch_model(model, MASK, unpad=unpad)(**inputs, output_hidden_states=True)
     real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(found.last_hidden_state[real], expected[real], atol=5e-5, rtol=1e-4)
+    assert len(found.hidden_states) == LAYERS + 1
+    for ours, theirs in zip(found.hidden_states, expected, strict=True):
+        torch.testing.assert_close(ours[real], theirs[real], atol=5e-5, rtol=1e-4)
+    assert torch.equal(found.last_hidden_state, found.hidden_states[-1])
     assert (found.last_hidden_state - plain)[real].abs().max() > 1e-3
     if unpad:
         assert all((state[~real] == 0).all() and state.shape == plain.shape for state in found.hidden_states)
@@ -78,7 +80,7 @@ def test_equals_the_dense_mask(name, unpad):
 @pytest.mark.parametrize("name", MODELS)
 def test_question_answering_heads_train(name):
     model = patch_model(make(name, "ForQuestionAnswering"), MASK, bits=3, unpad=True).train()
-    inputs = {key: value.to(DEVICE) for key, value in padded_inputs().items()}
+    inputs = inputs_of()
     positions = torch.tensor([3, 1, 0], device=DEVICE)
     loss = model(**inputs, start_positions=positions, end_positions=positions).loss
     loss.backward()
@@ -98,7 +100,7 @@ def test_a_module_around_a_model():
             super().__init__()
             self.auto_model = auto_model
 
-    outer, inputs = nn.Sequential(Wrapper(make("BERT"))), {k: v.to(DEVICE) for k, v in padded_inputs().items()}
+    outer, inputs = nn.Sequential(Wrapper(make("BERT"))), inputs_of()
     expected = patch_model(make("BERT"), MASK)(**inputs).last_hidden_state
     assert patch_model(outer, MASK) is outer and is_patched(outer)
     torch.testing.assert_close(outer[0].auto_model(**inputs).last_hidden_state, expected)

@@ -15,7 +15,7 @@ from transformers.models.bert import modeling_bert
 from sparse_attn import GlobalMask, collect_averages, is_patched, patch_bert, unpatch
 from sparse_attn.integrations import routing
 from tests.helpers import DEVICE
-from tests.integrations.conftest import close, device_inputs, run, small_config
+from tests.integrations.conftest import close, inputs_of, run, small_config
 
 MASK = GlobalMask.random(2, 2, 32, sparsity=0.7)
 
@@ -29,7 +29,7 @@ def model(model):
 def test_two_models_from_one_config_are_independent():
     config = small_config()
     first, second = BertModel(config).eval().to(DEVICE), BertModel(config).eval().to(DEVICE)
-    inputs = device_inputs()
+    inputs = inputs_of()
     before = run(second, inputs).last_hidden_state
     patch_bert(first, MASK)
     assert second.config._attn_implementation == config._attn_implementation != first.config._attn_implementation
@@ -46,7 +46,7 @@ def with_head(config):
 @pytest.mark.parametrize("unpatched_inner", [True, False])
 def test_a_model_and_the_one_inside_it(first_inner, then_inner, unpatched_inner):
     """Either may be patched, again and unpatched; another model built from the same config notices nothing."""
-    config, inputs = small_config(), device_inputs()
+    config, inputs = small_config(), inputs_of()
     model, other = with_head(config), with_head(config)
     dense = run(other, inputs).logits
 
@@ -68,7 +68,7 @@ def test_an_encoder_and_a_decoder_have_configs_of_their_own():
     config = EncoderDecoderConfig.from_encoder_decoder_configs(small_config(), decoder)
     model, other = (EncoderDecoderModel(config).eval().to(DEVICE) for _ in range(2))
     other.load_state_dict(model.state_dict())
-    inputs = device_inputs()
+    inputs = inputs_of()
     inputs = inputs | {"decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": inputs["attention_mask"]}
     inputs.pop("token_type_ids", None)
     dense = run(other, inputs).logits
@@ -81,7 +81,7 @@ def test_an_encoder_and_a_decoder_have_configs_of_their_own():
 
 def test_layers_whose_config_is_not_their_models_follow_it(model):
     """As in an EncoderDecoderModel made of two loaded models."""
-    inputs, expected = device_inputs(), copy.deepcopy(model)
+    inputs, expected = inputs_of(), copy.deepcopy(model)
     dense = run(model, inputs).last_hidden_state
     model.config = copy.deepcopy(model.config)
     averages = collect_averages(model, [inputs], progress=False)
@@ -92,7 +92,7 @@ def test_layers_whose_config_is_not_their_models_follow_it(model):
 
 
 def test_another_attention_set_after_patching_is_named(model):
-    inputs = device_inputs()
+    inputs = inputs_of()
     before = run(patch_bert(model, MASK), inputs).last_hidden_state
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"patched, but its attention implementation was set to 'eager'.*unpatch"):
@@ -107,14 +107,14 @@ def test_the_implementation_without_a_mask_is_named(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = BertModel.from_pretrained(tmp_path, attn_implementation="sparse_attn").to(DEVICE)
     with pytest.raises(ValueError, match=r"has no mask: patch_bert\(model, mask\) patches it"):
-        run(loaded, device_inputs())
-    run(patch_bert(loaded, MASK), device_inputs())
-    run(unpatch(loaded), device_inputs())
+        run(loaded, inputs_of())
+    run(patch_bert(loaded, MASK), inputs_of())
+    run(unpatch(loaded), inputs_of())
 
 
 def test_loaded_with_any_attention_implementation(model, twin, tmp_path):
     model.save_pretrained(tmp_path)
-    inputs = device_inputs()
+    inputs = inputs_of()
     for implementation in ("eager", "sdpa"):
         loaded = BertModel.from_pretrained(tmp_path, attn_implementation=implementation).eval().to(DEVICE)
         patch_bert(loaded, MASK)

@@ -17,7 +17,7 @@ from transformers.models.bert import modeling_bert
 
 from sparse_attn import GlobalMask, is_patched, patch_bert, patched, unpatch
 from tests.helpers import DEVICE
-from tests.integrations.conftest import close, device_inputs, run, small_config
+from tests.integrations.conftest import SIDES, close, inputs_of, run, small_config
 
 MASK = GlobalMask.random(2, 2, 32, sparsity=0.7)
 HEAD_CLASSES = [
@@ -35,12 +35,10 @@ def model(model):
 
 @pytest.mark.parametrize("granularity", ["element", "tile"])
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
-@pytest.mark.parametrize("side", ["right", "left", "holes", "none"])
+@pytest.mark.parametrize("side", [*SIDES, "none"])
 def test_equals_masked_eager(model, twin, granularity, backend, side):
     mask = GlobalMask.random(2, 2, 32, sparsity=0.7, granularity=granularity)
-    inputs = device_inputs(side="left" if side == "left" else "right")
-    if side == "holes":
-        inputs["attention_mask"][0, 3:9] = inputs["attention_mask"][1, 0] = 0
+    inputs = inputs_of(side=side)
     if side == "none":
         inputs["attention_mask"][:] = 1
     theirs = twin(mask.keep, inputs).last_hidden_state
@@ -54,7 +52,7 @@ def test_equals_masked_eager(model, twin, granularity, backend, side):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(model, twin, dtype):
-    inputs = device_inputs()
+    inputs = inputs_of()
     theirs = twin(MASK.keep, inputs).last_hidden_state
     patch_bert(model, MASK).to(dtype)
     ours = run(model, inputs).last_hidden_state
@@ -65,7 +63,7 @@ def test_half_precision(model, twin, dtype):
 
 
 def test_bits_are_applied(model):
-    inputs = device_inputs()
+    inputs = inputs_of()
     plain = run(patch_bert(model, MASK), inputs).last_hidden_state
     outputs = {bits: run(patch_bert(model, MASK, bits), inputs).last_hidden_state for bits in (8, 3)}
     real = inputs["attention_mask"].bool()
@@ -78,7 +76,7 @@ def test_every_head_class(cls):
     torch.manual_seed(0)
     model = cls(small_config(is_decoder=cls.__name__ == "BertLMHeadModel")).eval().to(DEVICE)
     mask = GlobalMask.random(2, 2, 32, sparsity=0.0)
-    inputs = device_inputs()
+    inputs = inputs_of()
     inputs["input_ids"] = torch.randint(0, 99, (3, 20), device=DEVICE)
     if cls.__name__ == "BertForMultipleChoice":
         inputs = {name: value.unsqueeze(1).repeat(1, 2, 1) for name, value in inputs.items()}
@@ -94,7 +92,7 @@ def test_every_head_class(cls):
 
 
 def test_mask_as_tensor_and_path(model, twin, tmp_path):
-    inputs = device_inputs()
+    inputs = inputs_of()
     theirs = twin(MASK.keep, inputs).last_hidden_state
     MASK.save(tmp_path / "mask.safetensors")
     for mask in (MASK.keep, tmp_path / "mask.safetensors", str(tmp_path / "mask.safetensors")):
@@ -103,7 +101,7 @@ def test_mask_as_tensor_and_path(model, twin, tmp_path):
 
 
 def test_patching_twice_replaces_and_unpatching_restores(model, twin):
-    inputs = device_inputs()
+    inputs = inputs_of()
     dense = run(model, inputs).last_hidden_state
     before, keys = model.config._attn_implementation, list(model.state_dict())
     patch_bert(model, MASK, bits=2)
@@ -119,7 +117,7 @@ def test_patching_twice_replaces_and_unpatching_restores(model, twin):
 
 def test_layers_that_were_taken_out_since_do_not_matter(model):
     """What belongs to the patch is known to every layer that is left."""
-    inputs = device_inputs()
+    inputs = inputs_of()
     shorter = copy.deepcopy(model)
     shorter.encoder.layer = shorter.encoder.layer[1:]
     patch_bert(model, MASK)
@@ -139,14 +137,14 @@ def test_adapters_around_projections(model):
 
     for layer in model.encoder.layer:
         layer.attention.self.query = Adapter(layer.attention.self.query)
-    inputs = device_inputs()
+    inputs = inputs_of()
     dense = run(model, inputs).last_hidden_state
     full = GlobalMask.random(2, 2, 32, sparsity=0.0)
     close(run(patch_bert(model, full), inputs).last_hidden_state, dense, inputs)
 
 
 def test_context_manager_restores_what_was_there(model):
-    inputs = device_inputs()
+    inputs = inputs_of()
     dense = run(model, inputs).last_hidden_state
     with pytest.raises(KeyError), patched(model, MASK) as inside:
         assert inside is model and is_patched(model)
@@ -161,7 +159,7 @@ def test_context_manager_restores_what_was_there(model):
 
 
 def test_output_attentions_are_those_used(model, twin):
-    inputs = device_inputs()
+    inputs = inputs_of()
     patch_bert(model, MASK)
     output = run(model, inputs, output_attentions=True)
     theirs = twin(MASK.keep, inputs)
@@ -179,7 +177,7 @@ def test_output_attentions_are_those_used(model, twin):
 
 
 def test_output_attentions_asked_for_by_the_config(model):
-    inputs = device_inputs()
+    inputs = inputs_of()
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
     patch_bert(model, MASK)
@@ -194,7 +192,7 @@ def test_dropout_applies_in_training_only(model):
     for module in model.modules():
         if hasattr(module, "dropout") and hasattr(module, "query"):
             module.dropout.p = 0.5
-    inputs = device_inputs()
+    inputs = inputs_of()
     patch_bert(model, MASK)
     torch.testing.assert_close(run(model, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
     model.train()
@@ -205,7 +203,7 @@ def test_dropout_applies_in_training_only(model):
 def test_gradient_checkpointing_gives_the_same_gradients(model, dropout):
     for block in model.encoder.layer:
         block.attention.self.dropout.p = dropout
-    inputs = device_inputs()
+    inputs = inputs_of()
     patch_bert(model, MASK, bits=3).train()
     gradients = []
     for checkpointing in (False, True):
@@ -223,7 +221,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, dropout):
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_gradients_equal_masked_eager(model, backend):
     """Training through the sparse kernels: gradients of the dense formula."""
-    inputs = device_inputs()
+    inputs = inputs_of()
     real = inputs["attention_mask"].bool()
     dense = copy.deepcopy(model)
     dense.set_attn_implementation("masked_eager_twin")
@@ -241,7 +239,7 @@ def test_a_frozen_model_holds_no_lists_for_gradients_until_it_trains(model):
     """They take as much memory as the others, or several times as much."""
     mask = GlobalMask(MASK.keep)
     patch_bert(model.requires_grad_(False), mask)
-    run(model, device_inputs())
+    run(model, inputs_of())
     layouts = [mask.layout(layer, DEVICE) for layer in range(mask.layers)]
 
     def transposed(layout):
@@ -254,7 +252,7 @@ def test_a_frozen_model_holds_no_lists_for_gradients_until_it_trains(model):
 
 def test_follows_the_model(model, tmp_path):
     """Deep copies, dtype changes, saving and loading, meta devices."""
-    inputs = device_inputs()
+    inputs = inputs_of()
     patch_bert(model, MASK, bits=3)
     output = run(model, inputs).last_hidden_state
     torch.testing.assert_close(run(copy.deepcopy(model), inputs).last_hidden_state, output)
@@ -285,7 +283,7 @@ def test_decoder_with_cache_uses_absolute_positions():
 def test_a_static_cache_is_refused(padded):
     """Its empty places would be keys, and queries be at its end."""
     model = patch_bert(BertModel(small_config(is_decoder=True)).eval().to(DEVICE), MASK)
-    inputs = device_inputs((9, 5))
+    inputs = inputs_of((9, 5))
     inputs = inputs if padded else {"input_ids": inputs["input_ids"]}
     with pytest.raises(ValueError, match="dynamic key-value caches only"):
         run(model, inputs, past_key_values=StaticCache(config=model.config, max_cache_len=20))
@@ -330,11 +328,11 @@ def test_wrong_masks_and_models_are_named(model, tmp_path):
 def test_wrong_inputs_are_named(model):
     patch_bert(model, GlobalMask.random(2, 2, 16, sparsity=0.5))
     with pytest.raises(ValueError, match="longest packed sequence has 20 tokens .* the mask, which covers 16"):
-        run(model, device_inputs())
+        run(model, inputs_of())
     patch_bert(model, GlobalMask.random(2, 2, 16, sparsity=0.5), unpad=False)
     with pytest.raises(ValueError, match="queries end at position 20 and keys at 20, the mask covers 16.*unpad=True"):
-        run(model, device_inputs())
-    inputs = device_inputs((8, 8))
+        run(model, inputs_of())
+    inputs = inputs_of((8, 8))
     inputs["attention_mask"] = torch.ones(2, 1, 8, 8, device=DEVICE)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 8, 8\)"):
         run(model, inputs)
@@ -347,7 +345,7 @@ def test_wrong_inputs_are_named(model):
 @pytest.mark.parametrize("unpad", [None, False])
 def test_a_padding_mask_of_another_shape_than_the_batch_is_named(model, unpad):
     patch_bert(model, MASK, unpad=unpad)
-    inputs = device_inputs((30, 30, 30))
+    inputs = inputs_of((30, 30, 30))
     for shape in ((3, 20), (3, 32), (2, 30), (3, 1)):
         inputs["attention_mask"] = torch.ones(shape, device=DEVICE)
         with pytest.raises(ValueError, match=rf"attention_mask has shape {re.escape(str(shape))}.*\(3, 30\)"):
@@ -358,7 +356,7 @@ def test_a_padding_mask_of_another_shape_than_the_batch_is_named(model, unpad):
 def test_one_padding_mask_for_all_sequences(model, unpad):
     """transformers' attention broadcasts it."""
     patch_bert(model, MASK, unpad=unpad)
-    each = device_inputs((9, 9, 9))
+    each = inputs_of((9, 9, 9))
     each["attention_mask"][:, 6:] = 0
     short = each | {"attention_mask": each["attention_mask"][:1]}
     ours, theirs = (run(model, inputs, output_hidden_states=True) for inputs in (short, each))
@@ -367,7 +365,7 @@ def test_one_padding_mask_for_all_sequences(model, unpad):
 
 
 def test_padding_beyond_the_mask_leaves_in_training_mode_when_asked(model):
-    inputs = device_inputs((20, 20))
+    inputs = inputs_of((20, 20))
     inputs["attention_mask"][:, 12:] = 0
     mask = GlobalMask.random(2, 2, 16, sparsity=0.5)
     with pytest.raises(ValueError, match="the mask covers 16.*max_length.*collect_averages.*unpad=True"):

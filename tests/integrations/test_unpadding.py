@@ -10,23 +10,15 @@ from transformers.models.bert.modeling_bert import BertEncoder
 from sparse_attn import GlobalMask, patch_bert, patched, unpatch
 from sparse_attn.integrations.packing import Packing, recurring_rows
 from tests.helpers import DEVICE
-from tests.integrations.conftest import padded_inputs, small_config
+from tests.integrations.conftest import SIDES, inputs_of, small_config
 
 MASK = GlobalMask.random(2, 2, 32, sparsity=0.6)
-SIDES = ["right", "left", "holes"]
 ROUNDED_UP = (31, 31, 31, 31, 6)  # lengths whose sum, 130, becomes 132 rows on a CPU
 
 
 @pytest.fixture
 def model(model):
     return model.to(DEVICE)
-
-
-def inputs_of(side: str, lengths: tuple[int, ...] = (20, 13, 1)) -> dict[str, torch.Tensor]:
-    inputs = padded_inputs(lengths, "left" if side == "left" else "right")
-    if side == "holes":
-        inputs["attention_mask"][0, 3:9] = inputs["attention_mask"][1, 0] = 0
-    return {name: value.to(DEVICE) for name, value in inputs.items()}
 
 
 def both(model, inputs, **arguments):
@@ -44,7 +36,7 @@ def assert_same_at_real_tokens(ours, theirs, inputs):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_equals_the_padded_model(model, side):
-    inputs = inputs_of(side)
+    inputs = inputs_of(side=side)
     padded, packed = both(model, inputs)
     assert_same_at_real_tokens(packed.last_hidden_state, padded.last_hidden_state, inputs)
     if side != "left":  # the first token is real
@@ -55,7 +47,7 @@ def test_equals_the_padded_model(model, side):
 @pytest.mark.parametrize("lengths", [(20, 13, 1), ROUNDED_UP])
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_hidden_states_and_attentions(model, side, lengths, return_dict):
-    inputs = inputs_of(side, lengths)
+    inputs = inputs_of(lengths, side)
     wanted = dict(output_hidden_states=True, output_attentions=True, return_dict=return_dict)
     padded, packed = both(model, inputs, **wanted)
     if return_dict:
@@ -71,14 +63,14 @@ def test_hidden_states_and_attentions(model, side, lengths, return_dict):
 
 def test_hidden_states_asked_for_by_the_config(model):
     model.config.output_hidden_states = True
-    inputs = inputs_of("right")
+    inputs = inputs_of()
     padded, packed = both(model, inputs)
     for ours, theirs in zip(packed.hidden_states, padded.hidden_states, strict=True):
         assert_same_at_real_tokens(ours, theirs, inputs)
 
 
 def test_layers_work_on_real_tokens_alone(model):
-    inputs, seen = inputs_of("holes"), []
+    inputs, seen = inputs_of(side="holes"), []
     for layer in model.encoder.layer:
         layer.intermediate.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     tokens = int(inputs["attention_mask"].sum())
@@ -90,7 +82,7 @@ def test_layers_work_on_real_tokens_alone(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("side", SIDES)
 def test_gradients_are_those_of_the_padded_model(model, side, checkpointing):
-    inputs, head = inputs_of(side), torch.randn(64, device=DEVICE)
+    inputs, head = inputs_of(side=side), torch.randn(64, device=DEVICE)
     real = inputs["attention_mask"].bool()
     gradients = []
     for unpad in (False, True):
@@ -109,7 +101,7 @@ def test_gradients_are_those_of_the_padded_model(model, side, checkpointing):
 def test_is_the_default_in_eval_mode_alone(model):
     seen = []
     model.encoder.layer[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    inputs = inputs_of("right")
+    inputs = inputs_of()
     patch_bert(model, MASK)
     for training in (False, True):
         model.train(training)(**inputs)
@@ -124,7 +116,7 @@ def test_is_the_default_in_eval_mode_alone(model):
 
 
 def test_nothing_to_drop(model):
-    inputs = inputs_of("right")
+    inputs = inputs_of()
     inputs["attention_mask"][:] = 1
     padded, packed = both(model, inputs)
     torch.testing.assert_close(packed.last_hidden_state, padded.last_hidden_state)
@@ -135,7 +127,7 @@ def test_nothing_to_drop(model):
 
 
 def test_a_copy_of_the_model_drops_its_own_padding(model):
-    inputs = inputs_of("right")
+    inputs = inputs_of()
     with torch.no_grad():
         expected = patch_bert(model, MASK)(**inputs).last_hidden_state
         twin = copy.deepcopy(model)
@@ -153,14 +145,14 @@ def test_what_needs_padded_tensors_keeps_them(kind):
     seen = []
     encoder = next(module for module in model.modules() if isinstance(module, BertEncoder))
     encoder.layer[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    padded, packed = both(model, inputs_of("right"), **({"use_cache": True} if kind == "cache" else {}))
+    padded, packed = both(model, inputs_of(), **({"use_cache": True} if kind == "cache" else {}))
     assert seen == [3, 3] and torch.equal(padded[0], packed[0])
 
 
 def test_a_decoder_without_cache(model):
     torch.manual_seed(0)
     model = BertLMHeadModel(small_config(is_decoder=True)).eval().to(DEVICE)
-    inputs = inputs_of("right")
+    inputs = inputs_of()
     padded, packed = both(model, inputs, use_cache=False)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(packed.logits[real], padded.logits[real], atol=2e-5, rtol=1e-5)
@@ -171,7 +163,7 @@ def test_compiled(what):
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = BertForQuestionAnswering(small_config()).eval().to(DEVICE)
-    batches = [inputs_of(side) for side in SIDES]
+    batches = [inputs_of(side=side) for side in SIDES]
     expected = [both(model, inputs)[1].start_logits for inputs in batches]
     compiled = model
     if what == "layers":
@@ -191,7 +183,7 @@ def test_one_sequence_with_hardly_any_padding(place):
     config = small_config()
     config.max_position_embeddings = 80
     model = BertModel(config, add_pooling_layer=False).eval().to(DEVICE)
-    inputs = inputs_of("right", (66,))
+    inputs = inputs_of((66,))
     inputs["attention_mask"][0, place] = 0
     outputs = []
     for unpad in (False, True):
@@ -223,7 +215,7 @@ def test_layers_see_no_mask_where_nothing_is_padding(model):
     patch_bert(model, MASK)
     seen = []
     model.encoder.layer[0].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    inputs = inputs_of("right", (9, 9))
+    inputs = inputs_of((9, 9))
     with torch.no_grad():
         whole = model(**inputs).last_hidden_state
         alone = model(**{**inputs, "attention_mask": None}).last_hidden_state
@@ -240,7 +232,7 @@ def test_numbers_of_rows_recur():
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_rows_that_a_cpu_computes(model, gradients):
-    inputs, seen = inputs_of("right", ROUNDED_UP), []
+    inputs, seen = inputs_of(ROUNDED_UP), []
     model.encoder.layer[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     patch_bert(model, MASK, unpad=True)
     with torch.set_grad_enabled(gradients):
