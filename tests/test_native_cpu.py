@@ -1,6 +1,7 @@
 """The C++ kernels for CPUs: every instruction set, threads, processes."""
 
 import multiprocessing
+import os
 import platform
 import re
 import shutil
@@ -113,6 +114,26 @@ def test_threads_do_not_change_results():
         assert all(torch.equal(own, first) for own, first in zip(result, results[0]))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list a process' threads")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_has_as_many_threads_as_torch_is_told(threads):
+    """In a thread that has had no call yet, so that the others it needs are started."""
+    layout, tensors = random_layout(3, 200, 0.8, "cpu"), random_inputs((2, 3, 200, 64), torch.float32, "cpu")
+
+    def started() -> int:
+        torch.set_num_threads(threads)
+        before = len(os.listdir("/proc/self/task"))
+        sparse_attention(*tensors, layout, backend="native")
+        return len(os.listdir("/proc/self/task")) - before
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(started).result() == threads - 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_several_python_threads_at_once():
     layout = random_layout(2, 100, 0.8, "cpu")
     cases = [random_inputs((2, 2, 100, 32), torch.float32, "cpu") for _ in range(8)]
@@ -128,19 +149,27 @@ def test_several_python_threads_at_once():
 
 
 def _attend_in_child(tensors, layout, queue):
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    queue.put(sparse_attention(*tensors, layout, backend="native").sum().item())
+    results = gradients(tensors, layout, tensors[0], "native")
+    queue.put([result.numpy() for result in results] + [torch.get_num_threads()])
 
 
 def test_works_after_a_fork():
+    """A forked process has none of its parent's threads; with more than one, torch's own operators wait for them."""
     layout, tensors = random_layout(2, 60, 0.8, "cpu"), random_inputs((1, 2, 60, 32), torch.float32, "cpu")
-    expected = sparse_attention(*tensors, layout, backend="native").sum().item()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=_attend_in_child, args=(tensors, layout, queue))
-    child.start()
-    assert queue.get(timeout=60) == pytest.approx(expected)
-    child.join()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        expected = gradients(tensors, layout, tensors[0], "native")
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_attend_in_child, args=(tensors, layout, queue), daemon=True)
+        child.start()
+        *found, threads = queue.get(timeout=60)
+        child.join()
+    finally:
+        torch.set_num_threads(before)
+    assert threads == 3
+    assert all(torch.equal(torch.from_numpy(own), true) for own, true in zip(found, expected, strict=True))
 
 
 def test_shapes_without_elements():

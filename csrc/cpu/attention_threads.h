@@ -1,7 +1,6 @@
 // How a call's heads are shared among torch's threads.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "threads.h"
 
 namespace sparse_attn {
 
@@ -55,7 +55,7 @@ struct Pass {
 template <class SomeCall>
 void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes, int64_t parts) {
   const int64_t tasks = call.batch * call.heads * parts;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = usable_threads();
   TaskCounter counter(tasks, threads);
   std::atomic<bool> out_of_memory{false};
   const auto run_task = [&](int64_t head, int64_t part, float* workspace) {
@@ -68,7 +68,7 @@ void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<P
       }
     }
   };
-  torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
+  in_threads(std::min(threads, tasks), 1, [&](int64_t, int64_t) {
     const size_t bytes = (kernels.workspace_floats(call) * sizeof(float) + 63) / 64 * 64;
     const std::unique_ptr<float, Free> workspace(static_cast<float*>(std::aligned_alloc(64, bytes)));
     if (!workspace) {
@@ -88,7 +88,7 @@ void run_parts(const SomeCall& call, const Kernels& kernels, const std::vector<P
 // a head has all its passes at once and finds its rows in the cache.
 template <class SomeCall>
 void run(const SomeCall& call, const Kernels& kernels, const std::vector<Pass<SomeCall>>& passes) {
-  const int64_t heads = call.batch * call.heads, tasks = TASKS_PER_THREAD * torch::stable::get_num_threads();
+  const int64_t heads = call.batch * call.heads, tasks = TASKS_PER_THREAD * usable_threads();
   if (heads >= tasks) {
     run_parts(call, kernels, passes, 1);
   } else if (heads > 0) {

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "threads.h"
+
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
@@ -126,7 +128,7 @@ Tensor pack_bits(const Tensor& mask) {
   Tensor packed = torch::stable::new_empty(dense, {(count + 7) / 8}, ScalarType::Byte);
   const auto* elements = static_cast<const uint8_t*>(dense.const_data_ptr());
   auto* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  torch::stable::parallel_for(0, full_bytes, BYTES_PER_TASK, [=](int64_t begin, int64_t end) {
+  sparse_attn::in_threads(full_bytes, BYTES_PER_TASK, [=](int64_t begin, int64_t end) {
     pack_range(elements + 8 * begin, bytes + begin, end - begin);
   });
   if (count % 8 != 0) {
@@ -154,7 +156,7 @@ Tensor unpack_bits(const Tensor& packed, int64_t count) {
   Tensor mask = torch::stable::new_empty(dense, {count}, ScalarType::Bool);
   const auto* bytes = static_cast<const uint8_t*>(dense.const_data_ptr());
   auto* elements = static_cast<uint8_t*>(mask.mutable_data_ptr());
-  torch::stable::parallel_for(0, full_bytes, BYTES_PER_TASK, [=](int64_t begin, int64_t end) {
+  sparse_attn::in_threads(full_bytes, BYTES_PER_TASK, [=](int64_t begin, int64_t end) {
     unpack_range(bytes + begin, elements + 8 * begin, end - begin);
   });
   if (count % 8 != 0) {
