@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import signal
@@ -83,15 +82,6 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None if described.returncode == 0 else None
-
-
-def code_version() -> str | None:
-    """The commit, and with uncommitted changes a hash of what differs from it."""
-    found = commit()
-    if found is None or not found.endswith("-dirty"):
-        return found
-    difference = subprocess.run(["git", "diff", "HEAD", "--binary"], cwd=ROOT, capture_output=True, timeout=30).stdout
-    return f"{found}-{hashlib.sha256(difference).hexdigest()[:16]}"
 
 
 def versions() -> dict[str, str | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .squad.windows import MODEL_INPUTS, Window, collate
+from .squad.windows import MODEL_INPUTS, Window, check_input_names, collate
 from .training import Schedule, train
 
 _LABELS = ("start_positions", "end_positions")
@@ -59,7 +59,7 @@ def finetune_question_answering(
 
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
-        ValueError: no windows, or a number that is out of range.
+        ValueError: no windows, a number that is out of range, or an unknown name of an input.
         TypeError: weights of a dtype other than float32, other windows, or a model without answers.
     """
     if not windows:
@@ -70,6 +70,7 @@ def finetune_question_answering(
         )
     if "start_positions" not in inspect.signature(model.forward).parameters:
         raise TypeError(f"the model is a {type(model).__name__}, expected one for question answering")
+    check_input_names(input_names)
     schedule = Schedule(
         epochs, learning_rate, batch_size, head_learning_rate, warmup_share, weight_decay, dropout, seed
     )

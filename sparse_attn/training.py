@@ -81,7 +81,8 @@ class LengthGroupedBatches:
     """Batch sampler: random batches of examples of similar length, drawn anew for every pass.
 
     Examples are shuffled, each run of 16 batches is sorted by length, and the batches are shuffled again:
-    hardly any padding, and still a random order.
+    hardly any padding, and still a random order. A batch of fewer examples comes last: elsewhere, accelerate would
+    leave out the batches that other processes have at the same time.
     """
 
     drop_last = False
@@ -100,7 +101,8 @@ class LengthGroupedBatches:
         for run in shuffled.split(_BATCHES_SORTED_TOGETHER * self.batch_size):
             longest_first = run[self.lengths[run].argsort(descending=True, stable=True)]
             batches.extend(longest_first.split(self.batch_size))
-        for index in torch.randperm(len(batches), generator=self.generator, device="cpu"):
+        order = torch.randperm(len(batches), generator=self.generator, device="cpu").tolist()
+        for index in sorted(order, key=lambda index: len(batches[index]) < self.batch_size):
             yield batches[index].tolist()
 
 
@@ -183,6 +185,7 @@ def train(
         )
         steps = schedule.epochs * math.ceil(len(examples) / (schedule.batch_size * arguments.world_size))
         arguments.warmup_steps = round(schedule.warmup_share * steps)
+        arguments.mixed_precision = "no"  # whatever accelerate is configured to
         running = trainer(
             model=model,
             args=arguments,

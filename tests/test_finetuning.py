@@ -4,6 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from transformers import BertConfig, BertForQuestionAnswering
 
 from sparse_attn import GlobalMask, is_patched, patch_bert
@@ -84,6 +85,27 @@ def test_batches_hold_similar_lengths_in_a_new_order_each_pass():
     assert first != second and first == list(LengthGroupedBatches(lengths, 16, seed=0))
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in first)
     assert padded < 1.1 * sum(lengths)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+@pytest.mark.parametrize("examples", [14, 301, 320])
+def test_processes_share_all_batches(processes, examples):
+    """As accelerate deals them out: no example is left out, and all processes have as many steps."""
+    for seed in range(20):
+        shares = [
+            list(BatchSamplerShard(LengthGroupedBatches(range(examples), 4, seed), processes, index))
+            for index in range(processes)
+        ]
+        assert {index for share in shares for batch in share for index in batch} == set(range(examples))
+        assert {len(share) for share in shares} == {math.ceil(examples / (4 * processes))}
+
+
+def test_trains_in_float32_whatever_accelerate_is_told(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model, seen = tiny_model(), set()
+    model.bert.encoder.layer[0].register_forward_hook(lambda module, inputs, output: seen.add(output[0].dtype))
+    finetune_question_answering(model, marked_windows(8), 0, epochs=1, progress=False)
+    assert seen == {torch.float32} and "forward" not in model.__dict__
 
 
 @pytest.mark.parametrize(

@@ -67,13 +67,24 @@ def _run(asked: Setting) -> int:
     models, rows = measure_seeds(asked, measure)
     if not rows:
         return fail("squad", "no row could be measured", status=1)
-    results = summary(asked, models, replace(outcomes[0], rows=rows))
+    results = summary(asked, models, replace(outcomes[0], rows=rows, failed=_all_failed(asked, outcomes)))
     print_table(results)
     output = asked.options.output
     if is_first():
         write_results(results, [found.mask for found in models.values() if found.mask is not None], output)
     print(f"{output}: results.json, results.md, results.html and pictures")
     return int(any(one.failed or one.unwritten is not None for one in outcomes))
+
+
+def _all_failed(asked: Setting, outcomes: list[Outcome]) -> list[dict]:
+    """What ended without a result, with the seed where that is not the first."""
+    first, *others = outcomes
+    later = [
+        {**row, "reason": f"seed {seed}: {row['reason']}"}
+        for seed, outcome in enumerate(others, asked.options.seed + 1)
+        for row in outcome.failed
+    ]
+    return [*first.failed, *later]
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def load_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"{_unusable(name, local)}: {error}") from error
     return model.eval(), sorted(report["missing_keys"])
 
@@ -112,9 +112,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     """The tokenizer that belongs to a model. Raises ValueError where there is none."""
     local = _check_name(name)
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{_unusable(name, local)}: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes where there are no files
+        raise ValueError(
+            f"--model {name}: its tokenizer knows no words; expected the tokenizer's files beside the model's: "
+            "tokenizer.save_pretrained(folder)"
+        )
+    return tokenizer
 
 
 def finetuned(
@@ -252,7 +258,7 @@ def _digest(
     mask: GlobalMask | None,
     table: QuantizationTable | None = None,
 ) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(__version__.encode())
     for model in models:
         device = next(model.parameters()).device.type
         digest.update(json.dumps([type(model).__name__, device, type(recipe).__name__, asdict(recipe)]).encode())

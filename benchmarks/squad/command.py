@@ -6,16 +6,16 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .options import parse_options
+from .options import default_of, make_parser
 
 
 def command_line(arguments: Mapping[str, Any]) -> str:
     """What to type for the `arguments` of a results file, which names files but not where they lie. Options that have
     their default value are left out."""
-    words = ["python", "-m", "benchmarks.squad"]
-    for name, default in vars(parse_options([])).items():
-        if name in arguments and arguments[name] != default:
-            words += _words(name, arguments[name])
+    words, parser = ["python", "-m", "benchmarks.squad"], make_parser()
+    for name, value in arguments.items():
+        if value != default_of(parser, name):
+            words += _words(name, value)
     return shlex.join(words)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from argparse import Namespace
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from sparse_attn.squad.reading import Question, read_squad, split_articles
 
 from ..device import ROOT
+from ..pages import write_json
 
 OWN_QUESTIONS = ROOT / "benchmarks" / "questions" / "questions.json"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -72,10 +72,7 @@ def read_questions(name: str, split: str, cache: Path) -> list[Question]:
     copy = cache / "data" / f"{name.replace('/', '--')}-{split}.json"
     if not copy.exists():
         records = _hub_records(name, split)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = copy.with_suffix(".partial")
-        unfinished.write_text(json.dumps(squad_format(records)), encoding="utf-8")
-        unfinished.replace(copy)
+        write_json(squad_format(records), copy)  # which other processes may be writing too
     return read_squad(copy)
 
 

@@ -103,7 +103,7 @@ def blocks_feed(inputs: Inputs, device: torch.device, longest: int) -> Feed:
 
 def first_position(model: PreTrainedModel) -> int:
     """The position of a sequence's first token: RoBERTa and its kin count from behind the padding's."""
-    embeddings = model.base_model.embeddings
+    embeddings = getattr(model.base_model, "embeddings", None)
     return embeddings.padding_idx + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
 

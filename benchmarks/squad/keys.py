@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sparse_attn import GlobalMask
+from sparse_attn import GlobalMask, extension, kernels
 from sparse_attn.distributed import rank_and_world
 from sparse_attn.squad.reading import Question
 
-from ..device import code_version, describe_device, versions
+from ..device import ROOT, describe_device, versions
 from .setting import Setting
 from .worker import Job
 
@@ -25,7 +26,8 @@ class Keys:
         self._revision = setting.revision
         self._shared = {
             "device": describe_device(setting.device),
-            "code": code_version(),
+            "code": _code_digest(),
+            "extension": extension.reason(),
             "versions": versions(),
             "inputs": hashlib.sha256(inputs.read_bytes()).hexdigest(),
             "processes": rank_and_world()[1],
@@ -45,18 +47,25 @@ class Keys:
 
     def _checkpoint(self, name: str) -> str:
         if name not in self._checkpoints:
-            self._checkpoints[name] = _folder_digest(Path(name)) if Path(name).is_dir() else f"{name} {self._revision}"
+            folder = Path(name)
+            self._checkpoints[name] = _files_digest(folder.iterdir()) if folder.is_dir() else f"{name} {self._revision}"
         return self._checkpoints[name]
 
 
-def _folder_digest(folder: Path) -> str:
+def _code_digest() -> str:
+    """Of the package with its extension, the kernels with their tables, and the benchmarks."""
+    own, triton = Path(extension.__file__).parent, Path(kernels.__path__[0])
+    places = ((own, ("*.py", "_C*")), (triton, ("*.py", "*.json")), (ROOT / "benchmarks", ("*.py",)))
+    return _files_digest(path for folder, patterns in places for pattern in patterns for path in folder.rglob(pattern))
+
+
+def _files_digest(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+    for path in sorted(path for path in paths if path.is_file()):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

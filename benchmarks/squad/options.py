@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..options import DTYPES, OneLineParser, at_least, folder_to_write, names, number
 from .checkpoints import DistilRecipe
@@ -15,8 +16,7 @@ from .variants import COMPILED, DEFAULT, NAMES
 _MADE_MASKS = {"sparsity": 0.9, "granularity": ["element"]}  # options that --mask leaves no room for
 
 
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options; a bad one ends the program with one line on stderr and exit status 2."""
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m benchmarks.squad",
         description="Measures dense and sparse attention on SQuAD: exact match, F1, time and memory. "
@@ -26,15 +26,23 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_mask(parser.add_argument_group("mask"))
     _add_measurement(parser.add_argument_group("measurement"))
     _add_training(parser.add_argument_group("fine-tuning"))
+    return parser
+
+
+def default_of(parser: argparse.ArgumentParser, name: str) -> Any:
+    """What an option is that nobody passes, as results record it."""
+    return _MADE_MASKS.get(name, parser.get_default(name))
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options; a bad one ends the program with one line on stderr and exit status 2."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
     given = [name for name in _MADE_MASKS if getattr(options, name) is not None]
     if options.mask is not None and given:
         parser.error(f"argument --mask: --{given[0]} is of masks that are made; this one stays as it is")
-    for name, default in _MADE_MASKS.items():
-        setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
-    swept = [width for sweep in options.sweep if sweep.name == "bits" for width in sweep.values]
-    if options.table != "published" and not any([options.bits, *swept]):
-        parser.error(f"argument --table: no row rounds to {options.table} values with --bits none")
+    for name in _MADE_MASKS:
+        setattr(options, name, default_of(parser, name) if getattr(options, name) is None else getattr(options, name))
     return options
 
 
@@ -136,7 +144,12 @@ def _add_training(group) -> None:
         action="store_true",
         help="train on --train-data, or on two thirds of the articles of --data: dense, then masked",
     )
-    group.add_argument("--epochs", type=at_least(1), default=3, help="of --finetune (default: %(default)s)")
+    group.add_argument(
+        "--epochs",
+        type=at_least(1),
+        default=3,
+        help="of --finetune, and of training a head (default: %(default)s)",
+    )
     group.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of training (default: %(default)s)")
     group.add_argument(
         "--seeds",
@@ -171,8 +184,8 @@ def _add_training(group) -> None:
         "--table",
         choices=("published", "calibrated", "renormalised"),
         default="published",
-        help="values that --bits rounds to: calibrated and renormalised ones are fitted to the sparse model's "
-        "probabilities (default: %(default)s)",
+        help="values that --bits rounds to: published, these renormalised, or calibrated ones, renormalised too; "
+        "fitted to the sparse model's probabilities (default: %(default)s)",
     )
 
 

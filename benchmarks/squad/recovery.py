@@ -11,6 +11,7 @@ from sparse_attn.distillation import text_windows
 from sparse_attn.squad.windows import Window
 
 from .shapes import SHAPES
+from .variants import Variant
 
 KINDS = ("none", "retrain", "distil")
 
@@ -34,15 +35,18 @@ def read_recovery(
     training: Sequence[Window] | None,
     training_name: str | None,
     head_windows: Sequence[Window] | None,
+    variants: Sequence[Variant],
 ) -> RecoveryText | None:
     """The text of `--recover distil`; None for the other kinds.
 
     It is --recover-text, or else the windows of the training questions, or else those that the head is trained on.
     Nothing of what will be evaluated is among them.
 
-    Raises FileNotFoundError or ValueError where something is absent that the kind needs.
+    Raises FileNotFoundError or ValueError where something is absent that the kind needs, and for options that would
+    change nothing.
     """
     kind = recover_kind(options)
+    _check_recovery_options(options, kind, variants)
     if options.model in SHAPES and (kind != "none" or options.table != "published"):
         raise ValueError(
             f"--recover {kind}, --table {options.table}: {options.model} has random weights; leave them out"
@@ -69,6 +73,18 @@ def read_recovery(
         )
     names = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
     return RecoveryText([{name: getattr(window, name) for name in names} for window in windows], source)
+
+
+def _check_recovery_options(options: Namespace, kind: str, variants: Sequence[Variant]) -> None:
+    if options.recover not in (None, "none") and not (options.sweep or any(variant.masked for variant in variants)):
+        raise ValueError(f"--recover {kind}: no row has a mask; add one of this package's to --variants")
+    if options.recover_epochs is not None and kind == "none":
+        raise ValueError("--recover-epochs: this run recovers nothing; add --recover distil, or --finetune")
+    if options.rounding_epochs and (kind != "distil" or not any(variant.rounded_weights for variant in variants)):
+        raise ValueError(
+            "--rounding-epochs is for --recover distil and rows with bits, as sparse-unpadded+bits; this run has "
+            f"--recover {kind} and {', '.join(dict.fromkeys(variant.label for variant in variants))}"
+        )
 
 
 def _windows_of_file(options: Namespace, tokenizer) -> list[dict[str, list[int]]]:

@@ -23,6 +23,7 @@ from ..options import chosen
 from .checkpoints import load_model, load_tokenizer, packaged_model
 from .data import choose_questions, own_questions
 from .feeding import first_position
+from .options import default_of, make_parser
 from .recovery import RecoveryText, read_recovery
 from .shapes import SHAPES, shape_config
 from .variants import NAMES, Variant, default_names, table_variants
@@ -133,6 +134,8 @@ def read_setting(options: Namespace) -> Setting:
         )
     if trains:
         require_accelerate()
+    elif options.epochs != default_of(make_parser(), "epochs"):
+        raise ValueError(f"--epochs {options.epochs}: this run trains nothing on labels; add --finetune")
     elif missing and not shape:
         raise ValueError(
             f"--model {options.model}: no trained question-answering head (weights absent: "
@@ -146,6 +149,7 @@ def read_setting(options: Namespace) -> Setting:
     start = time.perf_counter()
     windows = windows_of(sets.evaluation)
     tokenisation_seconds = time.perf_counter() - start
+    _check_vocabulary(options.model or source, model, windows)
     batches = _batches(options, windows)
     training_windows = windows_of(sets.training) if sets.training is not None else None
     head_windows = None
@@ -167,7 +171,7 @@ def read_setting(options: Namespace) -> Setting:
     if shape and given_mask is None:
         made, own = config.num_hidden_layers, model.config.num_hidden_layers
         averages_from += f"; layer i of {made} has the mask of all-MiniLM-L6-v2's layer i * {own} // {made}"
-    recovery = read_recovery(options, tokenizer, training_windows, sets.training_name, head_windows)
+    recovery = read_recovery(options, tokenizer, training_windows, sets.training_name, head_windows, variants)
     setting = Setting(
         options=options,
         device=device,
@@ -209,6 +213,9 @@ def _chosen_variants(options: Namespace, device: torch.device, granularities: li
     variants = table_variants(names, granularities, options.bits)
     if not variants:
         raise ValueError(f"--variants {','.join(names)}: no such row with --bits none")
+    swept = [width for sweep in options.sweep if sweep.name == "bits" for width in sweep.values]
+    if options.table != "published" and not any([*(variant.bits for variant in variants), *swept]):
+        raise ValueError(f"--table {options.table}: no row rounds probabilities; add rows with +bits to --variants")
     return variants
 
 
@@ -222,6 +229,15 @@ def _check_positions(config: PretrainedConfig, first: int, max_length: int) -> N
     if positions is not None and max_length > positions - first:
         raise ValueError(
             f"--max-length {max_length}: the model has {positions - first} positions; expected at most that"
+        )
+
+
+def _check_vocabulary(name: str, model: PreTrainedModel, windows: list[Window]) -> None:
+    """Refuses a tokenizer of another model, whose words this one does not have."""
+    largest, words = max(max(window.input_ids) for window in windows), model.get_input_embeddings().num_embeddings
+    if largest >= words:
+        raise ValueError(
+            f"--model {name}: its tokenizer has a token {largest}, but the model knows {words} tokens only"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse_attn.distributed import agree, rank_and_world, share_of, sums_over_processes
 from sparse_attn.integrations.models import evaluating
 from sparse_attn.progress import with_progress
-from sparse_attn.squad.windows import MODEL_INPUTS, Window, collate, length_sorted_batches
+from sparse_attn.squad.windows import MODEL_INPUTS, Window, check_input_names, collate, length_sorted_batches
 
 
 def predict(
@@ -44,11 +44,13 @@ def predict(
         Start logits and end logits, float32 on the CPU: per window a tensor [tokens].
 
     Raises:
-        ValueError: there is no window, `batches` does not hold each window once, or what `collate` refuses.
+        ValueError: there is no window, `batches` does not hold each window once, an unknown name of an input, or what
+            `collate` refuses.
         RuntimeError: another process failed.
     """
     if not windows:
         raise ValueError("no windows to predict; expected at least one, from make_windows")
+    check_input_names(input_names)
     if batches is None:
         batches = length_sorted_batches(windows, batch_size)
     batches = [list(batch) for batch in batches]

@@ -12,7 +12,9 @@ def exact_match_and_f1(predictions: Mapping[str, str], questions: Sequence[Quest
     """Exact match and F1 in percent, means over the questions (Rajpurkar et al., 2016).
 
     Texts are compared without case, punctuation, articles (a, an, the) and surplus spaces. F1 is that of the
-    bags of words. Of several gold answers the best one counts. Computed by `torchmetrics.text.SQuAD`.
+    bags of words. Of several gold answers the best one counts. Computed by `torchmetrics.text.SQuAD`, which differs
+    from the official script where a gold answer and a prediction are nothing but articles and punctuation: their F1
+    is 100, not 0.
 
     Args:
         predictions: question id -> answer, one for every question and no other.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertForQuestionAnswering, GPT2Config, GPT2ForQuestionAnswering
 
 from benchmarks.squad import __main__ as squad
 from benchmarks.squad import checkpoints
@@ -49,7 +50,9 @@ ROOT = Path(__file__).resolve().parents[2]
         (["--model", str(ROOT / "tests")], "no config.json"),
         (["--mask", "absent.safetensors"], "absent.safetensors: no such file"),
         (["--mask", "absent.safetensors", "--sparsity", "0.5"], "--sparsity is of masks that are made"),
-        (["--bits", "none", "--table", "calibrated"], "no row rounds to calibrated values"),
+        (["--bits", "none", "--table", "calibrated"], "--table calibrated: no row rounds probabilities"),
+        (["--variants", "sparse-unpadded", "--table", "renormalised"], "--table renormalised: no row rounds"),
+        (["--epochs", "9"], "--epochs 9: this run trains nothing on labels"),
         (["--max-length", "65"], "the model has 64 positions"),
         (["--seed", "9999999999"], "expected at most"),
         (["--max-length", "16", "--stride", "15"], "max_length 16"),
@@ -64,6 +67,38 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, tmp_path, capsys, ba
     assert status == 2
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "results").exists() and not (tmp_path / "cache").exists()
+
+
+def copied(folder, target, without=""):
+    """A folder's files, but those whose names begin with `without`."""
+    target.mkdir()
+    for path in folder.iterdir():
+        if not (without and path.name.startswith(without)):
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_a_model_without_its_own_tokenizer_is_refused(arguments, model_folder, tmp_path, capsys):
+    bare = copied(model_folder, tmp_path / "bare", without="tokenizer")
+    assert squad.main([*arguments, "--model", str(bare)]) == 2
+    assert "its tokenizer knows no words" in capsys.readouterr().err
+    other = copied(model_folder, tmp_path / "other")
+    BertForQuestionAnswering(BertConfig.from_pretrained(other, vocab_size=9)).save_pretrained(other)
+    assert squad.main([*arguments, "--model", str(other)]) == 2
+    assert "but the model knows 9 tokens only" in capsys.readouterr().err
+
+
+def test_a_broken_or_foreign_model_is_one_line(arguments, model_folder, tmp_path, capsys):
+    broken = copied(model_folder, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert squad.main([*arguments, "--model", str(broken)]) == 2
+    assert "not a usable question-answering model" in capsys.readouterr().err
+    decoder = copied(model_folder, tmp_path / "decoder")
+    sizes = dict(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    GPT2ForQuestionAnswering(GPT2Config(**sizes)).save_pretrained(decoder)
+    assert squad.main([*arguments, "--model", str(decoder)]) == 2
+    assert "GPT2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -134,11 +169,13 @@ def test_bad_input_from_a_shell_shows_no_traceback(tmp_path):
         ["--sweep", "sparsity", "0.5,0.9", "--sweep", "bits", "8", "--recover", "distil", "--tokens-per-batch", "4096"],
     ],
 )
-def test_results_tell_their_command(words):
+def test_results_tell_their_command(words, monkeypatch):
     options = parse_options(words)
     arguments = {**vars(options), "sweep": [asdict(sweep) for sweep in options.sweep]}
     arguments = {name: value for name, value in arguments.items() if name not in ("output", "cache")}
     arguments = json.loads(json.dumps(arguments))
-    command = shlex.split(command_line(arguments))
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.squad.options.folder_to_write", pytest.fail)  # default folders need not be writable
+        command = shlex.split(command_line(arguments))
     assert command[:3] == ["python", "-m", "benchmarks.squad"] and sorted(command[3:]) == sorted(words)
     assert parse_options(command[3:]) == options
