@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from sparse_attn import SparseLayout
+from sparse_attn.masks import TILE_ROWS
 
 from .attention_workloads import FORWARD_BACKWARD, Workload
 from .ceilings import kept_in_corners
-
-TILE_ROWS = 16
 
 
 class Inputs:

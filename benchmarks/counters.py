@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .attention_workloads import WORKLOADS
-from .device import ROOT, circumstances, pick_device
+from .device import ROOT, circumstances, no_gpu
 from .options import OneLineParser, fail, file_to_write
 from .pages import ABSENT, Table, write_json
 
@@ -63,9 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Counts. Returns the exit status: 2 for a machine that cannot, 1 where nothing was counted."""
     options = parse_options(arguments)
     try:
-        device = pick_device("cuda")
-        if reason := no_profiler():
-            raise ValueError(reason)
+        device = _gpu()
     except ValueError as error:
         return fail("counters", error, status=2)
     counted = options.json.with_suffix(".csv")
@@ -79,6 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
     write_json(results, options.json)
     table(results).print()
     return int(finished.returncode != 0)
+
+
+def _gpu() -> torch.device:
+    """The GPU to count on. Raises ValueError where nothing can be counted."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"{no_gpu()}; run this on a machine with an NVIDIA GPU")
+    if reason := no_profiler():
+        raise ValueError(reason)
+    return torch.device("cuda")
 
 
 def no_profiler() -> str:

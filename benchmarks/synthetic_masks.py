@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn.masks import TILE_ROWS
+
 GLOBAL_TOKENS = 16
 STRIPE_PERIOD = 64
-TILE_ROWS = 16
 _NARROWEST, _WIDEST = 0.5, 1.5  # a head's band, as multiples of the mean
 
 

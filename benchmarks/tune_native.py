@@ -27,6 +27,7 @@ from sparse_attn.kernels.configuration import (
     use_table,
 )
 
+from .device import no_gpu
 from .options import OneLineParser, fail, file_to_write
 from .tuning.problems import PROBLEMS, TuningProblem
 
@@ -68,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 2 where nothing can be measured, 1 where a kernel failed."""
     options = parse_options(arguments)
     if not torch.cuda.is_available() or not native_cuda.built():
-        what = "no GPU is available" if not torch.cuda.is_available() else "the extension has no CUDA kernels"
+        no_kernels = "the extension has no CUDA kernels: build it where nvcc is on the search path"
+        what = no_kernels if torch.cuda.is_available() else f"{no_gpu()}; run this on a machine with one"
         return fail("tune_native", what, status=2)
     from .tuning.bench import Layouts
     from .tuning.sweep import device_measure

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .arguments import expect_flags
 from .backends import BACKENDS, automatic, reference, usual
 from .layout import SparseLayout
 from .ops import AttentionCall, run
 from .quantization import QuantizationTable, as_table
-from .validation import batch_tensor, check_call, check_packed_length, packed_length
+from .validation import batch_tensor, check_call, check_packed_length, check_prepared, packed_length
 
 
 def sparse_attention(
@@ -73,11 +74,12 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit; each named with what was expected.
-        TypeError: bits that are neither an integer nor a table.
+        TypeError: bits that are neither an integer nor a table; causal or return_lse that is no bool.
         RuntimeError: the named backend cannot compute this; its reasons are listed.
         NotImplementedError: forward-mode gradients; gradients of second order, but with the reference backend.
             `attention_probabilities` has both.
     """
+    expect_flags(return_lse=return_lse)
     call = _checked_call(
         query, key, value, layout, scale=scale, bits=bits, query_lengths=query_lengths, key_lengths=key_lengths,
         key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens, max_length=max_length, causal=causal,
@@ -146,8 +148,10 @@ def prepare(
         training: whether calls will need gradients, which takes more lists; None prepares for both.
 
     Raises:
-        ValueError: an unknown backend, or a head_dim or dtype that the one named cannot compute.
+        ValueError: what is no layout, head_dim or dtype; an unknown backend; what Triton's, if named, cannot compute.
+        TypeError: bits that are neither an integer nor a table.
     """
+    check_prepared(layout, head_dim, dtype)
     _check_backend(backend)
     table = as_table(bits)
     for with_gradients in (False, True) if training is None else (training,):
@@ -196,6 +200,7 @@ def _checked_call(
     cu_seqlens=None, max_length=None, causal=False, query_offset=0, dropout=0.0,
 ) -> AttentionCall:  # fmt: skip
     check_call(query, key, value, layout, cu_seqlens, query_offset)
+    expect_flags(causal=causal)
     if cu_seqlens is not None:
         if not (query_lengths is key_lengths is key_padding_mask is None):
             raise ValueError("cu_seqlens describes sequences without padding; leave lengths and padding masks out")

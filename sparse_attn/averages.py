@@ -29,8 +29,8 @@ class AttentionAverages:
         tokens: how many real tokens they had.
         metadata: what else is known, saved with the file as JSON: model, data, source.
 
-    Raises ValueError for shapes that do not fit together, for values that are not finite or below zero, and for sums of
-    pairs that were never seen.
+    Raises TypeError for what is no tensor; ValueError for shapes that do not fit together, for values that are not
+    finite or below zero, and for sums of pairs that were never seen.
     """
 
     sums: torch.Tensor
@@ -40,6 +40,7 @@ class AttentionAverages:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        _expect_tensors(sums=self.sums, counts=self.counts)
         if self.sums.ndim != 4 or self.sums.shape[2:] != self.counts.shape:
             raise ValueError(
                 f"averages: sums of shape {tuple(self.sums.shape)} and counts of shape {tuple(self.counts.shape)}; "
@@ -66,6 +67,7 @@ class AttentionAverages:
         Without `counts` (int [query_len, key_len]) every pair with a non-zero entry counts as seen once. Where a
         count is 0, `mean` does not matter.
         """
+        _expect_tensors(mean=mean, **({} if counts is None else {"counts": counts}))
         if mean.ndim != 4:
             raise ValueError(f"mean has shape {tuple(mean.shape)}, expected [layers, heads, query_len, key_len]")
         if counts is None:
@@ -150,3 +152,9 @@ def pad_corner(tensor: torch.Tensor, query_len: int, key_len: int) -> torch.Tens
     padded = tensor.new_zeros(*tensor.shape[:-2], query_len, key_len)
     padded[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
     return padded
+
+
+def _expect_tensors(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, expected a tensor (torch.as_tensor makes one)")

@@ -165,7 +165,9 @@ class SparseLayout:
         return self._bias
 
     def work(self, rows: int = 16) -> float:
-        """Share of the dense work that a kernel with groups of `rows` queries does."""
+        """Share of the dense work that a kernel with groups of `rows` queries does, 1 at least."""
+        if rows < 1:
+            raise ValueError(f"rows is {rows}, expected at least 1 query in a group")
         if rows not in self._work:
             entries = int(sum(_group_counts(head, rows).count_nonzero() for head in self._heads()))
             self._work[rows] = entries / (self.heads * -(-self.query_len // rows) * self.key_len)
@@ -179,8 +181,11 @@ class SparseLayout:
 
     @_for_training_too
     def to(self, device: torch.device | str) -> SparseLayout:
-        """The same layout on another device. Lists move along; the dense forms are made there when asked for."""
-        device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        """The same layout on another device. Lists move along; the dense forms are made there when asked for.
+
+        Raises ValueError where there is no such device.
+        """
+        device = existing(device)
         if device == self.device:
             return self
         moved = SparseLayout(self._source)
@@ -188,6 +193,14 @@ class SparseLayout:
         moved._lists = {form: lists.to(device) for form, lists in self._lists.items()}
         moved._step_lists = {form: lists.to(device) for form, lists in self._step_lists.items()}
         return moved
+
+
+def existing(device: torch.device | str) -> torch.device:
+    """The device with its index ("cuda" becomes "cuda:0"). Raises ValueError where there is none of that name."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device is {device!r}, which this torch has not: {str(error).splitlines()[0]}") from error
 
 
 def _check(keep: torch.Tensor) -> None:

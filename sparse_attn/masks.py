@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from . import ranking
+from .arguments import expect_flags
 from .averages import AttentionAverages
 from .bitpacking import PackedMask
 from .files import load_tensors, save_tensors
-from .layout import SparseLayout
+from .layout import SparseLayout, existing
 
 TILE_ROWS = 16  # queries that a tile keeps or prunes together
 _KIND = "global mask"
@@ -71,7 +72,8 @@ class GlobalMask:
                 everything not above it pruned, no diagonal. Element granularity and layer scope only.
 
         Raises ValueError for a sparsity outside [0, 1), an unknown granularity or scope, averages that hold nothing,
-        and tile masks or other scopes together with `strict`; TypeError for averages and sparsities of other types.
+        and tile masks or other scopes together with `strict`; TypeError for averages, sparsities and flags of other
+        types.
         """
         if not isinstance(averages, AttentionAverages):
             raise TypeError(
@@ -79,6 +81,7 @@ class GlobalMask:
                 "AttentionAverages.from_mean(tensor)"
             )
         sparsity = _checked_sparsity(sparsity)
+        expect_flags(keep_diagonal=keep_diagonal, strict=strict)
         _check_choice("granularity", granularity, ("element", "tile"))
         _check_choice("scope", scope, ("layer", "head", "model"))
         if strict and (granularity, scope) != ("element", "layer"):
@@ -101,8 +104,7 @@ class GlobalMask:
                     stacklevel=2,
                 )
         made = dict(
-            sparsity=sparsity, granularity=granularity, scope=scope, keep_diagonal=bool(keep_diagonal),
-            strict=bool(strict),
+            sparsity=sparsity, granularity=granularity, scope=scope, keep_diagonal=keep_diagonal, strict=strict,
         )  # fmt: skip
         return cls(keep, {**made, "averages": averages.metadata})
 
@@ -274,7 +276,7 @@ class GlobalMask:
     def layout(self, layer: int, device: torch.device | str | None = None) -> SparseLayout:
         """The compiled mask of a layer (0-based) on `device` (default: the CPU), made once and cached."""
         layer = self._checked(layer)
-        device = torch.device("cpu") if device is None else _existing(device)
+        device = torch.device("cpu") if device is None else existing(device)
         if (layer, device) not in self._layouts:
             on_cpu = self._layouts.setdefault((layer, torch.device("cpu")), SparseLayout(self._packed[layer]))
             self._layouts[layer, device] = on_cpu.to(device)
@@ -302,14 +304,6 @@ class GlobalMask:
             return cls(PackedMask(tensors["keep_bits"], header["shape"]), header["metadata"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: damaged {_KIND} file: {error}") from error
-
-
-def _existing(device: torch.device | str) -> torch.device:
-    """The device with its index. Raises ValueError where there is none of that name."""
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
-        raise ValueError(f"device is {device!r}, which this torch has not: {str(error).splitlines()[0]}") from error
 
 
 def _checked_sparsity(sparsity: float) -> float:

@@ -16,6 +16,7 @@ import torch
 
 MAX_BITS = 8
 DEFAULT_THRESHOLD = 1e-3
+_LARGEST_LEVEL = 65504.0  # of float16, in which kernels may multiply
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class QuantizationTable:
         bits = math.log2(len(self.levels)) if self.levels else 0.0
         if bits != int(bits) or not 1 <= bits <= MAX_BITS:
             raise ValueError(f"levels has {len(self.levels)} values, expected 2 ** bits of them, bits in 1..{MAX_BITS}")
-        if self.levels[0] != 0.0 or not abs(sum(self.levels)) < math.inf:
-            raise ValueError("levels must be finite and start with 0.0, the value of pruned probabilities")
+        if self.levels[0] != 0.0 or not all(0.0 <= level <= _LARGEST_LEVEL for level in self.levels):
+            raise ValueError(
+                f"levels is {self.levels}, expected numbers from 0 to {_LARGEST_LEVEL:g}; the first is 0.0, the value "
+                "of pruned probabilities"
+            )
 
     @property
     def bits(self) -> int:

@@ -17,14 +17,27 @@ def check_call(
     query: Tensor, key: Tensor, value: Tensor, layout: SparseLayout, cu_seqlens: Tensor | None, query_offset: int
 ) -> None:
     """Raises ValueError where query, key, value, layout and cu_seqlens do not fit together."""
-    if not isinstance(layout, SparseLayout):
-        raise ValueError(
-            f"layout is {type(layout).__name__}, expected a SparseLayout; compile one with mask.layout(layer, device)"
-        )
+    _expect_layout(layout)
     _check_tensors(query, key, value, cu_seqlens is not None)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, query)
     _check_layout(query, key, layout, cu_seqlens is not None, query_offset)
+
+
+def check_prepared(layout: SparseLayout, head_dim: int, dtype: torch.dtype) -> None:
+    """Raises ValueError for a layout, head_dim or dtype that no call has."""
+    _expect_layout(layout)
+    if not isinstance(head_dim, int) or head_dim < 1:
+        raise ValueError(f"head_dim is {head_dim!r}, expected a whole number, at least 1")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected torch.float16, bfloat16, float32 or float64")
+
+
+def _expect_layout(layout: object) -> None:
+    if not isinstance(layout, SparseLayout):
+        raise ValueError(
+            f"layout is {type(layout).__name__}, expected a SparseLayout; compile one with mask.layout(layer, device)"
+        )
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, packed: bool) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module imports from layers above its own in this list, or from its own layer without a cycle.
 LAYERS = [
     ["version"],
-    ["files", "extension", "progress", "dropout", "distributed", "cutting"],
+    ["arguments", "files", "extension", "progress", "dropout", "distributed", "cutting"],
     ["bitpacking"],
     ["averages", "published", "quantization", "calibration", "ranking", "step_lists"],
     ["layout"],

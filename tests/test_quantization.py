@@ -100,5 +100,6 @@ def test_bad_tables():
         log_table(3, threshold=1.5)
     with pytest.raises(ValueError, match="has 3 values"):
         QuantizationTable(1e-3, (0.0, 0.1, 0.2))
-    with pytest.raises(ValueError, match="start with 0.0"):
-        QuantizationTable(1e-3, (0.1, 0.2))
+    for levels in ((0.1, 0.2), (0.0, -0.5), (0.0, 1e30), (0.0, float("nan"))):
+        with pytest.raises(ValueError, match=r"expected numbers from 0 to 65504; the first is 0.0"):
+            QuantizationTable(1e-3, levels)

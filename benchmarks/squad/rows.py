@@ -37,7 +37,6 @@ from .variants import Variant
 from .worker import Job, Measured
 
 Row = dict[str, Any]
-_SAME_SPARSITY = 0.002
 
 
 @dataclass
@@ -176,8 +175,8 @@ class _Bench:
         else:
             density = mask.density().mean().item()
             sparsity = self.setting.options.sparsity if variant.sparsity is None else variant.sparsity
-            if self.setting.given_mask is not None or abs(1 - density - sparsity) > _SAME_SPARSITY:
-                sparsity = round(1 - density, 6)  # short masks with tiles, say, cannot be pruned so far
+            if self.setting.given_mask is not None:
+                sparsity = round(1 - density, 6)
             text = f"{variant.granularity or 'given'} {sparsity:g}"
             named |= {"mask": text, "sparsity": sparsity, "granularity": variant.granularity, "density": density}
         return {

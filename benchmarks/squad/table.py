@@ -43,6 +43,7 @@ PUBLISHED = (
         "peak_memory_bytes": 5.00e9,
     },
 )
+_SAME_DENSITY = 0.002
 _ROW_WIDTHS = (21, 12, 4, 6, 6, 8, 9, 9, 13, 14, 11, 9, 8)  # of printed rows, before the widest of all is known
 
 
@@ -53,7 +54,7 @@ def with_speedups(rows: Sequence[dict[str, Any]], baseline: dict[str, Any] | Non
 
 def is_own(row: dict[str, Any]) -> bool:
     """Whether a row is this package's attention, not a peer's."""
-    return row["variant"].startswith("sparse")
+    return row.get("attention") == "sparse"
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -92,6 +93,8 @@ def mask_text(row: dict[str, Any]) -> str:
     granularity, sparsity = row.get("granularity"), row.get("sparsity")
     if granularity is None and not sparsity:
         return ABSENT
+    if row.get("density", 0.0) > 1 - sparsity + _SAME_DENSITY:  # tiles of a short mask, say, cannot be pruned so far
+        sparsity = 1 - row["density"]
     return " ".join(filter(None, [f"{100 * sparsity:.3g}%", granularity]))
 
 
@@ -102,7 +105,7 @@ def print_row(row: dict[str, Any], instead: str | None = None) -> None:
         texts = [*texts[:3], instead]
     aligned = [
         text.ljust(width) if index == 0 or (instead and index == 3) else text.rjust(width)
-        for index, (text, width) in enumerate(zip(texts, _ROW_WIDTHS))
+        for index, (text, width) in enumerate(zip(texts, _ROW_WIDTHS, strict=instead is None))
     ]
     print("  ".join(aligned).rstrip(), flush=True)
 
@@ -114,7 +117,7 @@ def print_header() -> None:
 
 
 def _headed():
-    return enumerate(zip(COLUMNS, _ROW_WIDTHS))
+    return enumerate(zip(COLUMNS, _ROW_WIDTHS, strict=True))
 
 
 def print_table(results: dict[str, Any]) -> None:

@@ -21,8 +21,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t GROUP_ROWS = 16;
-
 // The instruction sets that this processor runs, best first.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;

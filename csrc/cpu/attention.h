@@ -66,6 +66,8 @@ struct Backward : Call {
   float* delta;
 };
 
+constexpr int GROUP_ROWS = 16;  // queries, or keys, that share a list
+
 // What a thread works on: row groups [first, end) of one head of one sequence. The backward pass has two kinds: groups
 // of queries, then groups of keys.
 struct Task {

@@ -13,7 +13,6 @@ namespace sparse_attn::SPARSE_ATTN_ISA {
 constexpr float LOG2_E = 1.44269504088896340736f;
 constexpr float LN_2 = 0.693147180559945309417f;
 constexpr int ENTRIES = 8;  // list entries whose products are summed at a time: as many as hide the latency of an FMA
-constexpr int GROUP_ROWS = 16;
 constexpr int PARTS = GROUP_ROWS / LANES;  // of a group, each as many rows as there are lanes
 constexpr uint32_t ALL_ROWS = 0xffff, ALL_LANES = (1u << LANES) - 1;
 constexpr int64_t STOP_KEYS = 32;

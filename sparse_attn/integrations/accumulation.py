@@ -89,7 +89,7 @@ class AttentionSums:
         return output
 
     def averages(self, side: int, metadata: dict[str, str]) -> AttentionAverages:
-        """The averages over the batches of all processes, of length `side`. Raises ValueError where there was none."""
+        """The averages over the batches of all processes, of length `side`. Raises ValueError for none."""
         sums, counts = self.sums.cpu(), self.counts
         if side > self.side:
             sums, counts = pad_corner(sums, side, side), pad_corner(counts, side, side)
@@ -98,6 +98,8 @@ class AttentionSums:
         sequences, tokens = seen.tolist()
         if sequences == 0:
             raise ValueError("there was no batch to collect attention from; pass at least one")
+        if tokens == 0:
+            raise ValueError(f"all tokens of {sequences} sequences are padding; expected some to average over")
         return AttentionAverages(sums, counts, sequences, tokens, metadata)
 
     def _attend(

@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..arguments import expect_flags
 from ..masks import GlobalMask
 from ..quantization import QuantizationTable, as_table
 from .models import BERT, Encoder, encoder_of, own_configs, set_attention_implementation, transformers_models
@@ -88,9 +89,7 @@ def patch_model(
     encoder = encoder_of(model)
     mask, table = _as_mask(mask), as_table(bits)
     _check_mask(encoder, mask)
-    for name, value in (("unpad", unpad), ("onednn", onednn)):
-        if value is not None and not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}, expected True, False or None")
+    expect_flags(**{name: value for name, value in (("unpad", unpad), ("onednn", onednn)) if value is not None})
     expect_onednn(onednn)
     layers: dict[nn.Module, list[int]] = {}
     for layer, module in enumerate(encoder.attention):

@@ -69,7 +69,7 @@ def test_the_command_runs_the_profiler_and_writes_both_files(tmp_path, counted, 
     )
     profiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(counters, "pick_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(counters, "_gpu", lambda: torch.device("cpu"))
     out = tmp_path / "out" / "counters.json"
     assert counters.main(["--json", str(out)]) == 0
     results = json.loads(out.read_text())
@@ -84,8 +84,8 @@ def test_the_command_runs_the_profiler_and_writes_both_files(tmp_path, counted, 
 def test_without_a_gpu_or_the_profiler_there_is_one_line(tmp_path, monkeypatch, capsys):
     if not CUDA:
         assert counters.main(["--json", str(tmp_path / "out.json")]) == 2
-        assert "counters: error: --device cuda: no GPU" in capsys.readouterr().err
-    monkeypatch.setattr(counters, "pick_device", lambda _: torch.device("cpu"))
+        assert "counters: error: no GPU is available" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert counters.main(["--json", str(tmp_path / "out.json")]) == 2
     assert "there is no ncu (Nsight Compute)" in capsys.readouterr().err

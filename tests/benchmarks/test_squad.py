@@ -18,7 +18,7 @@ from benchmarks.squad import rows as squad_rows
 from benchmarks.squad.models import make_models
 from benchmarks.squad.options import parse_options
 from benchmarks.squad.setting import read_setting
-from benchmarks.squad.table import measured_lines
+from benchmarks.squad.table import mask_text, measured_lines
 from benchmarks.squad.worker import measure
 from sparse_attn import GlobalMask
 
@@ -110,6 +110,7 @@ def test_sweeps_have_a_row_for_each_value_and_mask_and_a_picture(in_process, arg
     assert (by_sparsity["name"], by_bits["name"]) == ("sparsity", "bits")
     found = [(row["granularity"], row["sparsity"], row["bits"]) for row in by_sparsity["rows"]]
     assert found == [("tile", 0.0, None), ("tile", 0.9, None), ("element", 0.0, None), ("element", 0.9, None)]
+    assert mask_text(by_sparsity["rows"][1]) == "66.7% tile", "tiles that hold the diagonal stay"
     found = [(row["granularity"], row["sparsity"], row["bits"]) for row in by_bits["rows"]]
     assert found == [("tile", 0.9, None), ("tile", 0.9, 1), ("element", 0.9, None), ("element", 0.9, 1)]
     # A row that the table, or another sweep, has already is not measured again.

@@ -5,15 +5,13 @@ import re
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForMaskedLM, BertForQuestionAnswering, BertModel
 
 from sparse_attn import AttentionAverages, GlobalMask, collect_averages, collect_probabilities, patch_bert
 from tests.integrations.conftest import padded_inputs, small_config
-
-SIZES = dict(vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+from tests.integrations.test_families import LAYERS, MODELS, make
 
 
 def from_output_attentions(model, batches, length, layers=2) -> AttentionAverages:
@@ -136,16 +134,11 @@ def test_a_key_value_cache_and_cross_attention_keep_padding():
     torch.testing.assert_close(averages.sums, expected.sums, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["Roberta", "Electra", "DistilBert", "Albert"])
+@pytest.mark.parametrize("name", MODELS)
 def test_every_family(name):
-    settings = SIZES | {"embedding_size": 32} if name in ("Electra", "Albert") else SIZES
-    if name == "DistilBert":
-        settings = dict(vocab_size=99, dim=64, n_layers=3, n_heads=2, hidden_dim=64)
-    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings)).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(4 if parameter.ndim == 2 else 1)
+    model = make(name).cpu()
     batches = [padded_inputs((20, 13, 1)), padded_inputs((9, 9))]
-    expected = from_output_attentions(model, batches, 20, layers=3)
+    expected = from_output_attentions(model, batches, 20, layers=LAYERS)
     averages = collect_averages(model, batches, progress=False)
     torch.testing.assert_close(averages.sums, expected.sums, atol=1e-6, rtol=0)
     around = nn.Sequential(nn.ModuleDict({"auto_model": model}))  # the shape of a SentenceTransformer
@@ -176,7 +169,8 @@ def test_rows_of_padding_alone_count_as_empty_sequences(model):
         torch.testing.assert_close(averages.sums, alone.sums, atol=1e-6, rtol=0)
         assert (averages.sequences, averages.tokens) == (2, 6)
     batch["attention_mask"][:] = 0
-    assert collect_averages(model, [batch], max_length=6, progress=False).counts.sum() == 0
+    with pytest.raises(ValueError, match="all tokens of 2 sequences are padding"):
+        collect_averages(model, [batch], max_length=6, progress=False)
 
 
 def test_no_attention_of_a_whole_batch_is_ever_held(model):
