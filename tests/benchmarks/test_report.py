@@ -4,6 +4,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from benchmarks.attention_results import newest_results
 from benchmarks.attention_table import absence_lines, goal_lines, milliseconds, print_table
@@ -24,7 +25,8 @@ from benchmarks.report import (
     squad_section,
     squad_summary,
 )
-from sparse_attn import GlobalMask, is_patched
+from sparse_attn import GlobalMask, is_patched, log_table
+from sparse_attn.integrations.routing import SparseAttentionState
 from tests.benchmarks.attention_samples import make_results, make_row
 
 ROWS = (
@@ -73,13 +75,19 @@ def test_a_changed_figure_shows(tmp_path):
     assert section in between_markers(f"a {begin} old {end} b", begin, end, section)
 
 
-def test_the_first_example_of_the_readme_runs(model_folder, tmp_path, monkeypatch):
-    code = README.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+def test_the_examples_of_the_readme_run(model_folder, tmp_path, monkeypatch):
+    first, second = (part.split("```")[0] for part in README.read_text(encoding="utf-8").split("```python\n")[1:])
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code.replace("deepset/bert-base-cased-squad2", str(model_folder)), names)
+    exec(first.replace("deepset/bert-base-cased-squad2", str(model_folder)), names)
     assert names["logits"].shape[0] == 2 and is_patched(names["model"])
     assert GlobalMask.load("mask.safetensors") == names["mask"]
+    pruned = names["model"]
+    exec(second, names)
+    assert is_patched(names["model"]) and names["model"] is not pruned and not is_patched(names["dense"])
+    state = next(module for module in names["model"].modules() if isinstance(module, SparseAttentionState))
+    assert state.table == names["levels"] != log_table(3)
+    assert torch.equal(names["model"].qa_outputs.weight, pruned.qa_outputs.weight)
 
 
 def test_committed_results_name_no_machine_path():
