@@ -356,6 +356,8 @@ def test_bad_arguments_are_named():
     refused("dropout is 1.0", dropout=1.0)
     refused("query_offset is -1", query_offset=-1)
     refused("backend is 'fast', expected 'auto' or one of", backend="fast")
+    refused("causal is 'no', expected True or False", causal="no", error=TypeError)
+    refused("return_lse is 1, expected True or False", return_lse=1, error=TypeError)
     refused("padding masks out", *packed, cu_seqlens=cu_seqlens, key_lengths=torch.tensor([4, 6]))
     refused("cumulative lengths from 0 to the 10 tokens", *packed, cu_seqlens=cu_seqlens[:2])
     refused("longest packed sequence has 10 tokens", *packed, layout=layout, cu_seqlens=cu_seqlens[[0, 2]])
@@ -363,6 +365,23 @@ def test_bad_arguments_are_named():
     refused("cumulative lengths from 0 to the 10 tokens", *packed, cu_seqlens=cu_seqlens[:2], max_length=6)
     refused("cu_seqlens is torch.float32", *packed, cu_seqlens=cu_seqlens.float())
     refused("float64", *(t.double() for t in (query, key, value)), backend="triton", error=RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layout": torch.ones(2, 8, 8)}, "layout is Tensor, expected a SparseLayout"),
+        ({"head_dim": "64"}, "head_dim is '64', expected a whole number"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"dtype": torch.int32}, "dtype is torch.int32, expected torch.float16"),
+        ({"dtype": "float32"}, "dtype is 'float32'"),
+        ({"backend": "fast"}, "backend is 'fast'"),
+    ],
+)
+def test_what_cannot_be_prepared_is_named(changed, message):
+    usual = dict(layout=random_layout(2, 16, 0.5, "cpu"), head_dim=64, dtype=torch.float32, backend="native")
+    with pytest.raises(ValueError, match=message):
+        prepare(**usual | changed)
 
 
 def test_auto_takes_what_a_named_backend_refuses():

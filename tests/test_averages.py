@@ -59,6 +59,10 @@ def test_bad_values_and_shapes_are_named():
         AttentionAverages(sums, torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"sums of shape \(1, 2, 3, 3\) and counts of shape \(2, 2\)"):
         AttentionAverages(torch.zeros(1, 2, 3, 3), torch.ones(2, 2))
+    with pytest.raises(TypeError, match="counts is ndarray, expected a tensor"):
+        AttentionAverages(sums, torch.ones(3, 3).numpy())
+    with pytest.raises(TypeError, match="mean is ndarray, expected a tensor"):
+        AttentionAverages.from_mean(sums.numpy())
     with pytest.raises(ValueError, match="negative"):
         AttentionAverages(-torch.ones(1, 1, 2, 2), torch.ones(2, 2))
     with pytest.raises(ValueError, match="2 layers x 3 heads with 1 layers x 1 heads"):

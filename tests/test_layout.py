@@ -184,6 +184,14 @@ def test_work_is_what_a_kernel_touches():
     assert layout.work(16) == pytest.approx(0.05) and layout.work(32) == pytest.approx(0.10)
 
 
+def test_what_a_layout_cannot_do_is_named():
+    layout = GlobalMask.random(1, 2, 40, sparsity=0.5).layout(0)
+    with pytest.raises(ValueError, match="rows is 0, expected at least 1"):
+        layout.work(0)
+    with pytest.raises(ValueError, match="device is 'nowhere', which this torch has not"):
+        layout.to("nowhere")
+
+
 def test_tile_masks_need_no_bit_test():
     tile = GlobalMask.random(1, 2, 64, sparsity=0.7, granularity="tile").layout(0)
     assert tile.lists(16).full and not tile.lists(32).full

@@ -194,6 +194,9 @@ def test_bad_arguments_are_named():
             GlobalMask.random(1, 1, 4, sparsity=sparsity)
     with pytest.raises(TypeError, match=r"averages is Tensor, expected AttentionAverages.*from_mean"):
         GlobalMask.from_averages(torch.ones(1, 1, 4, 4), 0.5)
+    for flag in ("keep_diagonal", "strict"):
+        with pytest.raises(TypeError, match=f"{flag} is 'False', expected True or False"):
+            GlobalMask.from_averages(worked_example(), 0.5, **{flag: "False"})
     with pytest.raises(ValueError, match="layers is 0, expected at least 1"):
         GlobalMask.random(0, 1, 4, sparsity=0.5)
     with pytest.raises(ValueError, match="no counted position"):

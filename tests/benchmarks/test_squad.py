@@ -17,6 +17,7 @@ from benchmarks.squad import data as squad_data
 from benchmarks.squad import rows as squad_rows
 from benchmarks.squad.models import make_models
 from benchmarks.squad.options import parse_options
+from benchmarks.squad.rows import Outcome
 from benchmarks.squad.setting import read_setting
 from benchmarks.squad.table import mask_text, measured_lines
 from benchmarks.squad.worker import measure
@@ -345,3 +346,10 @@ def test_nothing_is_written_where_no_row_could_be_measured(arguments, tmp_path, 
     error = capsys.readouterr().err
     assert "eager-padded: the process that measured it ended with exit status 1" in error and "no row" in error
     assert not (tmp_path / "results").exists()
+
+
+def test_rows_that_fail_under_a_later_seed_are_listed_with_it(arguments):
+    asked = read_setting(parse_options([*arguments, "--seed", "4"]))
+    failed = [{"variant": "sparse-unpadded", "reason": "killed"}]
+    listed = squad._all_failed(asked, [Outcome(failed=failed), Outcome(), Outcome(failed=failed)])
+    assert [row["reason"] for row in listed] == ["killed", "seed 6: killed"]

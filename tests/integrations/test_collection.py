@@ -235,6 +235,8 @@ def test_bad_input_is_named(model):
     for max_length in (0, 8.0):
         with pytest.raises(ValueError, match=f"max_length is {max_length}, expected a whole number"):
             collect_averages(model, [padded_inputs()], max_length=max_length, progress=False)
+    with pytest.raises(TypeError, match="shard is 'no', expected True or False"):
+        collect_averages(model, [padded_inputs()], shard="no", progress=False)
     with pytest.raises(ValueError, match="length 20, more than max_length 10"):
         collect_averages(model, [padded_inputs()], max_length=10, progress=False)
     model.encoder.layer[1].attention.self.query.weight.data[:] = float("nan")
