@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-def expect_flags(**flags: object) -> None:
-    """Raises TypeError for a flag that is neither True nor False, such as the text "no"."""
+def expect_flags(or_none: bool = False, **flags: object) -> None:
+    """Raises TypeError for a flag that is neither True nor False, such as the text "no"; `or_none` allows None too."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}, expected True or False")
+        if not (isinstance(value, bool) or (or_none and value is None)):
+            raise TypeError(f"{name} is {value!r}, expected {'True, False or None' if or_none else 'True or False'}")

@@ -8,6 +8,8 @@ the mean of what falls into it is the least-squares choice (Lloyd, "Least square
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .quantization import QuantizationTable, level_numbers, log_table, quantize
@@ -54,6 +56,14 @@ class ProbabilityHistogram:
     def means(self) -> torch.Tensor:
         """float64 [bins]: the mean of each bin's probabilities, 0 where there are none."""
         return self.sums / self.counts.clamp(min=1)
+
+
+def merged(histograms: Iterable[ProbabilityHistogram]) -> ProbabilityHistogram:
+    """One histogram of all that several have counted."""
+    together = ProbabilityHistogram()
+    for one in histograms:
+        together.counts, together.sums = together.counts + one.counts, together.sums + one.sums
+    return together
 
 
 def calibrated_table(

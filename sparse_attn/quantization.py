@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,9 @@ class QuantizationTable:
         return self.levels == log_table(self.bits, self.threshold).levels
 
 
+Bits = int | QuantizationTable | None | Sequence[int | QuantizationTable | None]  # of a model; of each layer
+
+
 def log_table(bits: int, threshold: float = DEFAULT_THRESHOLD) -> QuantizationTable:
     """The published table: level k is 2 ** (log2(threshold) + (k - 1/2) * step), the mid-point of its bin.
 
@@ -85,6 +89,18 @@ def log_table(bits: int, threshold: float = DEFAULT_THRESHOLD) -> QuantizationTa
 def as_table(bits: int | QuantizationTable | None) -> QuantizationTable | None:
     """The table that an argument `bits` means: the published one for a number, a table itself, None for none."""
     return bits if bits is None or isinstance(bits, QuantizationTable) else log_table(bits)
+
+
+def tables_of_layers(bits: Bits, layers: int) -> tuple[QuantizationTable | None, ...]:
+    """The table of each of a model's layers that an argument `bits` means: the same for all, or a sequence of theirs.
+
+    Raises ValueError for a sequence of another length.
+    """
+    if not isinstance(bits, (list, tuple)):
+        return (as_table(bits),) * layers
+    if len(bits) != layers:
+        raise ValueError(f"bits has {len(bits)} values, the mask {layers} layers; expected one for each, or for all")
+    return tuple(map(as_table, bits))
 
 
 def quantize(probabilities: torch.Tensor, table: int | QuantizationTable | None) -> torch.Tensor:

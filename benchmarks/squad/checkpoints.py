@@ -159,22 +159,22 @@ def distilled(
     cache: Path,
     mask: GlobalMask,
     source: str,
-    table: QuantizationTable | None = None,
+    tables: Sequence[QuantizationTable] | None = None,
 ) -> Checkpoint:
-    """The checkpoint that `recipe` makes of `student`, with `mask` applied and probabilities rounded to `table`, by
-    what `teacher` computes for `inputs`.
+    """The checkpoint that `recipe` makes of `student`, with `mask` applied and probabilities rounded to the `tables` of
+    its layers, by what `teacher` computes for `inputs`.
 
     `source` says where the inputs come from. Training changes `student`. The result is kept in `cache` as that of
     `finetuned` is.
     """
-    kind = "sparse" if table is None else "rounded"
+    kind = "sparse" if tables is None else "rounded"
 
     def train() -> list[float]:
         settings = {**asdict(recipe), "pad_token_id": tokenizer.pad_token_id, "description": f"distilling, {kind}"}
-        with patched(student, mask, table):
+        with patched(student, mask, tables):
             return distil(student, teacher, inputs, **settings)
 
-    key = _digest([student, teacher], list(inputs), recipe, mask, table)
+    key = _digest([student, teacher], list(inputs), recipe, mask, tables)
     how = f"distilled on {source}, without labels,"
     return _kept(kind, key, student, tokenizer, recipe, len(inputs), cache, train, how)
 
@@ -256,9 +256,9 @@ def _digest(
     examples: Sequence,
     recipe: Recipe | DistilRecipe,
     mask: GlobalMask | None,
-    table: QuantizationTable | None = None,
+    tables: Sequence[QuantizationTable] | None = None,
 ) -> str:
-    digest = hashlib.sha256(__version__.encode())
+    digest = hashlib.sha256()
     for model in models:
         device = next(model.parameters()).device.type
         digest.update(json.dumps([type(model).__name__, device, type(recipe).__name__, asdict(recipe)]).encode())
@@ -276,6 +276,6 @@ def _digest(
     if mask is not None:
         digest.update(str(tuple(mask.shape)).encode())
         digest.update(mask.keep.numpy().data)
-    if table is not None:
+    for table in tables or ():
         digest.update(json.dumps(asdict(table)).encode())
     return digest.hexdigest()[:16]

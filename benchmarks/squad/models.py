@@ -17,6 +17,7 @@ from sparse_attn import (
     log_table,
     renormalised_table,
 )
+from sparse_attn.calibration import merged
 
 from ..measure import add_seconds
 from .checkpoints import Checkpoint, DistilRecipe, Recipe, RoundingRecipe, distilled, finetuned, load_model
@@ -38,10 +39,10 @@ class Models:
         rounded: recovered further through rounding to --bits, or None.
         mask: of --granularity (the first, if there are several) and --sparsity, or of --mask.
         seconds: how long fine-tuning, averages, mask, recovery and calibration took.
-        probabilities: with `mask` and the weights of each sparse checkpoint, by its path, for tables other than the
-            published one.
-        table_kind: "published", "calibrated" (bins fitted, then rows' sums restored) or "renormalised" (the published
-            bins, rows' sums restored).
+        probabilities: of each layer, with `mask` and the weights of each sparse checkpoint, by its path, for tables
+            other than the published one.
+        table_kind: "published", "renormalised" (the published bins, rows' sums restored), "calibrated" (bins fitted,
+            then rows' sums restored) or "calibrated-by-layer" (likewise, for each layer alone).
     """
 
     dense: Checkpoint
@@ -49,7 +50,7 @@ class Models:
     rounded: Checkpoint | None = None
     mask: GlobalMask | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    probabilities: dict[str, ProbabilityHistogram] = field(default_factory=dict)
+    probabilities: dict[str, list[ProbabilityHistogram]] = field(default_factory=dict)
     table_kind: str = "published"
 
     def checkpoint(self, variant: Variant) -> Checkpoint:
@@ -58,15 +59,18 @@ class Models:
             return self.dense
         return self.rounded if variant.rounded_weights and self.rounded is not None else self.sparse
 
-    def table(self, bits: int | None, checkpoint: Checkpoint) -> QuantizationTable | None:
-        """The table for so many bits with a checkpoint's weights; None for no bits."""
+    def tables(self, bits: int | None, checkpoint: Checkpoint) -> tuple[QuantizationTable, ...] | None:
+        """The table of each layer for so many bits with a checkpoint's weights; None for no bits."""
         if bits is None:
             return None
         if self.table_kind == "published":
-            return log_table(bits)
-        histogram = self.probabilities[checkpoint.path]
-        fitted = calibrated_table(histogram, bits) if self.table_kind == "calibrated" else bits
-        return renormalised_table(histogram, fitted)
+            return (log_table(bits),) * self.mask.layers
+        histograms = self.probabilities[checkpoint.path]
+        if self.table_kind == "calibrated-by-layer":
+            return tuple(renormalised_table(one, calibrated_table(one, bits)) for one in histograms)
+        together = merged(histograms)
+        fitted = calibrated_table(together, bits) if self.table_kind == "calibrated" else bits
+        return (renormalised_table(together, fitted),) * self.mask.layers
 
 
 def make_models(setting: Setting, seed: int | None = None) -> Models:
@@ -124,10 +128,10 @@ def _recovered(setting: Setting, mask: GlobalMask) -> Checkpoint:
 def _recovered_through_rounding(setting: Setting, models: Models) -> Checkpoint:
     """The sparse checkpoint, distilled further with probabilities rounded to --bits."""
     options, student = setting.options, _loaded(setting, models.sparse)
-    recipe, table = RoundingRecipe(options.seed, options.rounding_epochs), models.table(options.bits, models.sparse)
+    recipe, tables = RoundingRecipe(options.seed, options.rounding_epochs), models.tables(options.bits, models.sparse)
     text, tokenizer = setting.recovery, setting.tokenizer
     return distilled(
-        student, setting.model, tokenizer, text.inputs, recipe, options.cache, models.mask, text.source, table
+        student, setting.model, tokenizer, text.inputs, recipe, options.cache, models.mask, text.source, tables
     )
 
 
@@ -139,11 +143,12 @@ def _calibrate(setting: Setting, models: Models, checkpoint: Checkpoint) -> None
             models.probabilities[checkpoint.path] = _probabilities(setting, model, models.mask)
 
 
-def _probabilities(setting: Setting, model: PreTrainedModel, mask: GlobalMask) -> ProbabilityHistogram:
-    """Those of `model` with `mask`, on some of the windows that averages come from."""
+def _probabilities(setting: Setting, model: PreTrainedModel, mask: GlobalMask) -> list[ProbabilityHistogram]:
+    """Those of each layer of `model` with `mask`, on some of the windows that averages come from."""
     windows = setting.averages_windows or setting.head_windows or setting.windows
     windows = windows[:: max(1, len(windows) // _CALIBRATION_WINDOWS)][:_CALIBRATION_WINDOWS]
-    return collect_probabilities(model, model_batches(setting, windows, "probabilities"), mask, progress=False)
+    batches = model_batches(setting, windows, "probabilities")
+    return collect_probabilities(model, batches, mask, by_layer=True, progress=False)
 
 
 def _loaded(setting: Setting, checkpoint: Checkpoint) -> PreTrainedModel:

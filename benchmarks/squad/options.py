@@ -182,10 +182,10 @@ def _add_training(group) -> None:
     )
     group.add_argument(
         "--table",
-        choices=("published", "calibrated", "renormalised"),
+        choices=("published", "renormalised", "calibrated", "calibrated-by-layer"),
         default="published",
-        help="values that --bits rounds to: published, these renormalised, or calibrated ones, renormalised too; "
-        "fitted to the sparse model's probabilities (default: %(default)s)",
+        help="values that --bits rounds to: published, these renormalised, or calibrated ones, renormalised too, for "
+        "all layers or each; fitted to the sparse model's probabilities (default: %(default)s)",
     )
 
 

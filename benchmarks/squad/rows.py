@@ -139,10 +139,10 @@ class _Bench:
     def _models(self, variant: Variant) -> Models:
         return self.models[variant.granularity if variant.masked else self.setting.granularities[0]]
 
-    def _table(self, variant: Variant) -> list | None:
+    def _tables(self, variant: Variant) -> list | None:
         models = self._models(variant)
-        table = models.table(variant.bits, models.checkpoint(variant))
-        return None if table is None else [table.threshold, list(table.levels)]
+        tables = models.tables(variant.bits, models.checkpoint(variant))
+        return None if tables is None else [[table.threshold, list(table.levels)] for table in tables]
 
     def _job(self, variant: Variant, mask: GlobalMask | None) -> Job:
         options = self.setting.options
@@ -156,7 +156,7 @@ class _Bench:
             compiled=variant.compiled,
             onednn=variant.onednn,
             mask=None if mask is None else str(self.folder / "mask.safetensors"),
-            table=self._table(variant),
+            tables=self._tables(variant),
             dtype=options.dtype,
             device=str(self.setting.device),
             inputs=str(self.inputs),

@@ -41,7 +41,7 @@ class Job:
         checkpoint: folder or hub name of the model, or the name of a shape.
         attention, padding, compiled, onednn: of the `Variant`.
         mask: file of a global mask, or None.
-        table: threshold and levels of the quantiser; None for no rounding.
+        tables: threshold and levels of the quantiser in each layer; None for no rounding.
         dtype: name of a torch dtype.
         device: "cpu", or "cuda" with or without a number.
         inputs: file of `write_inputs`, the same for all variants.
@@ -58,7 +58,7 @@ class Job:
     compiled: bool
     onednn: bool | None
     mask: str | None
-    table: list | None
+    tables: list | None
     dtype: str
     device: str
     inputs: str
@@ -150,8 +150,8 @@ def _prepared(job: Job, model: PreTrainedModel) -> tuple[PreTrainedModel, str | 
     if job.attention == "flex":
         return model, use_flex(model, GlobalMask.load(job.mask))
     if job.attention == "sparse":
-        table = None if job.table is None else QuantizationTable(*job.table)
-        patch_model(model, GlobalMask.load(job.mask), table, unpad=job.padding == "none", onednn=job.onednn)
+        tables = None if job.tables is None else [QuantizationTable(*table) for table in job.tables]
+        patch_model(model, GlobalMask.load(job.mask), tables, unpad=job.padding == "none", onednn=job.onednn)
         if job.compiled:  # layer by layer: what drops padding between them has shapes that depend on the data
             for layer in _layers(model):
                 layer.compile(dynamic=True)

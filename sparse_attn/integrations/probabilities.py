@@ -8,21 +8,27 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ..calibration import ProbabilityHistogram
+from ..arguments import expect_flags
+from ..calibration import ProbabilityHistogram, merged
 from ..masks import GlobalMask
 from ..progress import with_progress
 from .batches import expect_several, moved_batches, without_common_padding
 from .models import attached, attention_implementation, encoder_of, evaluating
-from .routing import padding_mask, sparse_attention_forward
+from .routing import layer_of, padding_mask, sparse_attention_forward
 from .transformers import patched
 
 COUNTING_NAME = "sparse_attn_counting"
-_HISTOGRAM = "_probability_histogram"
+_HISTOGRAMS = "_probability_histograms"  # of all layers
 
 
 def collect_probabilities(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], mask: GlobalMask, *, progress: bool = True
-) -> ProbabilityHistogram:
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    mask: GlobalMask,
+    *,
+    by_layer: bool = False,
+    progress: bool = True,
+) -> ProbabilityHistogram | list[ProbabilityHistogram]:
     """A histogram of the attention probabilities that `model` has with `mask`: after the softmax, before rounding.
 
     It counts kept positions of real tokens, over all layers and heads, for `calibrated_table` and
@@ -33,23 +39,25 @@ def collect_probabilities(
         batches: keyword arguments of the model's forward, tensors with the batch first: input_ids and, where there
             is padding, attention_mask [batch, length]. Moved to the model's device.
         mask: that the model is used with.
+        by_layer: return a list of histograms, one for each layer of the mask, for levels of each layer's own.
         progress: whether to show a progress bar.
 
     Raises:
-        TypeError: the model is of no supported family; batches that are no mappings of tensors.
+        TypeError: the model is of no supported family; batches that are no mappings of tensors; by_layer is no bool.
         ValueError: no batch, or none with a kept position; an attention_mask that is not [batch, length]; a mask that
             does not fit the model.
     """
-    histogram = ProbabilityHistogram()
     expect_several(batches)
+    expect_flags(by_layer=by_layer)
     encoder = encoder_of(model)
+    histograms = [ProbabilityHistogram() for _ in encoder.attention]
     device, passes = next(model.parameters()).device, 0
     with (
         patched(model, mask, unpad=False),
         evaluating(model),
         torch.no_grad(),
         attention_implementation(encoder.model, COUNTING_NAME),
-        attached(encoder, _HISTOGRAM, histogram),
+        attached(encoder, _HISTOGRAMS, histograms),
     ):
         shown = with_progress(batches, "counting probabilities", enabled=progress)
         for batch in moved_batches(shown, device):
@@ -58,25 +66,26 @@ def collect_probabilities(
             passes += 1
     if passes == 0:
         raise ValueError("there was no batch to collect probabilities from; pass at least one")
-    if histogram.rows == 0:
+    together = merged(histograms)
+    if together.rows == 0:
         raise ValueError(
             f"there was no probability in {passes} batches: all tokens are padding, or the mask keeps nothing where "
             "there are tokens; pass other batches or another mask"
         )
-    return histogram
+    return histograms if by_layer else together
 
 
 def _counting_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args, **kwargs
 ) -> tuple[Tensor, None]:
     """The patched model's attention, `attention_mask` bool [batch, length] or None; probabilities are counted."""
-    histogram = getattr(module, _HISTOGRAM, None)
-    kwargs["output_attentions"] = histogram is not None  # cross-attention has none
+    histograms = getattr(module, _HISTOGRAMS, None)
+    kwargs["output_attentions"] = histograms is not None  # cross-attention has none
     output, probabilities = sparse_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-    if histogram is not None:
+    if histograms is not None:
         if attention_mask is not None:
             probabilities = probabilities * attention_mask[:, None, -query.shape[2] :, None]
-        histogram.add(probabilities)
+        histograms[layer_of(module, kwargs)].add(probabilities)
     return output, None
 
 

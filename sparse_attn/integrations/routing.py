@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -32,8 +33,9 @@ class SparseAttentionState(nn.Module):
 
     Attributes:
         layers: the mask's layers that the module computes: one, but in models whose layers share it.
+        tables: what probabilities are rounded to in each layer of the mask.
         layouts: of these layers, on the device of the weights.
-        first: the first of them.
+        first, first_table: of the first of them.
         gradients: whether lists for the backward pass are compiled ahead of the first call.
         handles, unpad, onednn: hooks that belong to the patch, and its options: those of all modules.
     """
@@ -42,7 +44,7 @@ class SparseAttentionState(nn.Module):
         self,
         mask: GlobalMask,
         layers: list[int],
-        table: QuantizationTable | None,
+        tables: Sequence[QuantizationTable | None],
         backend: str,
         head_dim: int,
         weight: Tensor,
@@ -51,7 +53,8 @@ class SparseAttentionState(nn.Module):
         super().__init__()
         self.gradients = gradients
         self.mask, self.layers = mask, layers
-        self.table, self.backend, self.head_dim = table, backend, head_dim
+        self.tables, self.first_table = tuple(tables), tables[layers[0]]
+        self.backend, self.head_dim = backend, head_dim
         self.handles: list[Any] = []
         self.unpad: bool | None = None
         self.onednn: bool | None = None
@@ -74,8 +77,8 @@ class SparseAttentionState(nn.Module):
     def _prepare(self) -> None:
         if self.device.type != "meta":
             training = None if self.gradients else False
-            for layout in self.layouts.values():
-                prepare(layout, self.head_dim, self.dtype, self.backend, self.table, training)
+            for layer, layout in self.layouts.items():
+                prepare(layout, self.head_dim, self.dtype, self.backend, self.tables[layer], training)
 
     def layout(self, layer: int | None, device: torch.device) -> SparseLayout:
         """The layout of a layer, by default of the only one: without its number, so that what is compiled for one
@@ -85,12 +88,16 @@ class SparseAttentionState(nn.Module):
             return self.mask.layout(self.layers[0] if layer is None else layer, device)
         return layout
 
+    def table(self, layer: int | None) -> QuantizationTable | None:
+        """What probabilities are rounded to in a layer, as for `layout`."""
+        return self.first_table if layer is None else self.tables[layer]
+
     def _apply(self, function, recurse=True):
         self.follow(function(torch.empty(0, device=self.device, dtype=self.dtype)))
         return super()._apply(function, recurse)
 
     def extra_repr(self) -> str:
-        bits = self.table.bits if self.table else None
+        bits = ", ".join(str(table.bits if table else None) for table in map(self.table, self.layers))
         return f"layers={self.layers}, bits={bits}, backend={self.backend!r}"
 
 
@@ -127,6 +134,12 @@ def _number_layer(group: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     return args, {**kwargs, _LAYER: next(kwargs[_COUNTER])}
 
 
+def layer_of(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """Which layer of the mask a patched attention module computes in a call with these arguments."""
+    layer = kwargs.get(_LAYER)
+    return getattr(module, STATE).layers[0] if layer is None else layer
+
+
 def sparse_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -154,8 +167,9 @@ def sparse_attention_forward(
                 "patches it, model.set_attn_implementation('sdpa') is dense"
             )
         return _dense(query, key, value, attention_mask, scaling, dropout, causal), None
-    layout = state.layout(kwargs.get(_LAYER), query.device)
-    call = dict(scale=scaling, bits=state.table, causal=causal, dropout=dropout)
+    layer = kwargs.get(_LAYER)
+    layout = state.layout(layer, query.device)
+    call = dict(scale=scaling, bits=state.table(layer), causal=causal, dropout=dropout)
     wanted = bool(kwargs.get("output_attentions", getattr(module.config, "output_attentions", False)))
     if not isinstance(attention_mask, Packing):
         return _padded(query, key, value, attention_mask, layout, call, state.backend, wanted)

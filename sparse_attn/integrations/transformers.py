@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import expect_flags
 from ..masks import GlobalMask
-from ..quantization import QuantizationTable, as_table
+from ..quantization import Bits, tables_of_layers
 from .models import BERT, Encoder, encoder_of, own_configs, set_attention_implementation, transformers_models
 from .onednn import expect_onednn, remove_onednn, set_onednn
 from .routing import ATTENTION_NAME, STATE, SparseAttentionState, number_shared_layers, watch_implementation
@@ -31,7 +31,7 @@ _PREVIOUS = "sparse_attention_previous"  # of a transformers model: its attentio
 def patch_bert(
     model: PreTrainedModel,
     mask: GlobalMask | Tensor | str | os.PathLike,
-    bits: int | QuantizationTable | None = None,
+    bits: Bits = None,
     *,
     backend: str = "auto",
     unpad: bool | None = None,
@@ -48,7 +48,8 @@ def patch_bert(
     Args:
         model: BertModel or a Bert model with any head, in float32, float16 or bfloat16.
         mask: GlobalMask, bool tensor [layers, heads, query_len, key_len] with true = kept, or the path of a saved mask.
-        bits: 1 to 8 rounds attention probabilities; None does not. See `sparse_attention`.
+        bits: 1 to 8 rounds attention probabilities; None does not. See `sparse_attention`. A list or tuple has one such
+            value for each layer of the mask; with tables that differ, torch.compile compiles every layer anew.
         backend: "auto", or the backend that must be used.
         unpad: whether padding tokens leave before the first layer and come back as zeros after the last, so that no
             layer works on them. None: in eval mode, but not where `torch.compile` wants shapes that do not depend on
@@ -76,7 +77,7 @@ def patch_bert(
 def patch_model(
     model: Model,
     mask: GlobalMask | Tensor | str | os.PathLike,
-    bits: int | QuantizationTable | None = None,
+    bits: Bits = None,
     *,
     backend: str = "auto",
     unpad: bool | None = None,
@@ -87,9 +88,10 @@ def patch_model(
     a mask has one layer for each time that an attention module is called, also where layers share it (ALBERT).
     """
     encoder = encoder_of(model)
-    mask, table = _as_mask(mask), as_table(bits)
+    mask = _as_mask(mask)
     _check_mask(encoder, mask)
-    expect_flags(**{name: value for name, value in (("unpad", unpad), ("onednn", onednn)) if value is not None})
+    tables = tables_of_layers(bits, mask.layers)
+    expect_flags(or_none=True, unpad=unpad, onednn=onednn)
     expect_onednn(onednn)
     layers: dict[nn.Module, list[int]] = {}
     for layer, module in enumerate(encoder.attention):
@@ -98,7 +100,7 @@ def patch_model(
     gradients = encoder.model.training or any(weight.requires_grad for weight in encoder.model.parameters())
     states = {
         module: SparseAttentionState(
-            mask, own, table, backend, encoder.head_dim, _weight(encoder.query_of(module)), gradients
+            mask, own, tables, backend, encoder.head_dim, _weight(encoder.query_of(module)), gradients
         )
         for module, own in layers.items()
     }
@@ -137,7 +139,7 @@ def is_patched(model: nn.Module) -> bool:
 def patched(
     model: Model,
     mask: GlobalMask | Tensor | str | os.PathLike,
-    bits: int | QuantizationTable | None = None,
+    bits: Bits = None,
     *,
     backend: str = "auto",
     unpad: bool | None = None,
@@ -147,7 +149,7 @@ def patched(
     before = None
     if is_patched(model):
         state = _state(encoder_of(model))
-        before = state.mask, state.table, state.backend, state.unpad, state.onednn
+        before = state.mask, state.tables, state.backend, state.unpad, state.onednn
     patch_model(model, mask, bits, backend=backend, unpad=unpad, onednn=onednn)
     try:
         yield model
@@ -155,8 +157,8 @@ def patched(
         if before is None:
             unpatch(model)
         else:
-            mask, table, backend, unpad, onednn = before
-            patch_model(model, mask, table, backend=backend, unpad=unpad, onednn=onednn)
+            mask, tables, backend, unpad, onednn = before
+            patch_model(model, mask, tables, backend=backend, unpad=unpad, onednn=onednn)
 
 
 def _state(encoder: Encoder) -> SparseAttentionState:

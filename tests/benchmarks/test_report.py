@@ -86,7 +86,7 @@ def test_the_examples_of_the_readme_run(model_folder, tmp_path, monkeypatch):
     exec(second, names)
     assert is_patched(names["model"]) and names["model"] is not pruned and not is_patched(names["dense"])
     state = next(module for module in names["model"].modules() if isinstance(module, SparseAttentionState))
-    assert state.table == names["levels"] != log_table(3)
+    assert [table.bits for table in state.tables] == [3, 3] and log_table(3) not in state.tables
     assert torch.equal(names["model"].qa_outputs.weight, pruned.qa_outputs.weight)
 
 

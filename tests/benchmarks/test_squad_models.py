@@ -15,7 +15,7 @@ from benchmarks.squad.setting import read_setting
 from benchmarks.squad.sweeps import Sweep, swept_variants
 from benchmarks.squad.variants import table_variants
 from sparse_attn import log_table
-from sparse_attn.calibration import rounding_error
+from sparse_attn.calibration import merged, rounding_error
 
 SHORT = ("--epochs", "1", "--sparsity", "0.6")
 
@@ -104,23 +104,29 @@ def test_text_of_no_use_is_named(arguments, tmp_path, content, message):
 
 def test_tables_are_fitted_to_the_sparse_model(arguments):
     command = [*arguments, "--sparsity", "0.5", "--table"]
-    published, calibrated, renormalised = (
-        make_models(setting_of(*command, kind)) for kind in ("published", "calibrated", "renormalised")
-    )
+    kinds = ("published", "calibrated", "renormalised", "calibrated-by-layer")
+    published, calibrated, renormalised, by_layer = (make_models(setting_of(*command, kind)) for kind in kinds)
 
     def table(models, bits):
-        return models.table(bits, models.sparse)
+        first, second = models.tables(bits, models.sparse)
+        assert first == second
+        return first
 
-    assert table(published, 3) == log_table(3) and table(calibrated, None) is None
+    assert table(published, 3) == log_table(3) and calibrated.tables(None, calibrated.sparse) is None
     assert table(calibrated, 3).bits == table(renormalised, 3).bits == 3
     factors = [new / old for new, old in zip(table(renormalised, 2).levels[1:], log_table(2).levels[1:])]
     assert factors == pytest.approx([factors[0]] * 3) and factors[0] != 1
-    probabilities = calibrated.probabilities[calibrated.sparse.path]
+    layers = calibrated.probabilities[calibrated.sparse.path]
+    probabilities = merged(layers)
     errors = [rounding_error(probabilities, table(models, 2)) for models in (calibrated, renormalised, published)]
     assert errors == sorted(errors) and len(set(errors)) == 3
     real = sum(len(window.input_ids) for window in setting_of(*arguments).windows)
     assert probabilities.rows == pytest.approx(real * 2 * 2, rel=1e-5)  # layers x heads
     assert {"averages", "mask", "calibration"} == calibrated.seconds.keys()
+    fitted = by_layer.tables(2, by_layer.sparse)
+    assert fitted[0] != fitted[1]
+    for layer, own in zip(layers, fitted, strict=True):
+        assert rounding_error(layer, own) < rounding_error(layer, table(calibrated, 2))
 
 
 def test_rows_with_bits_are_distilled_further_through_rounding(arguments):
@@ -133,7 +139,7 @@ def test_rows_with_bits_are_distilled_further_through_rounding(arguments):
     assert not torch.equal(query_weights(models.rounded), query_weights(models.sparse))
     chosen = [models.checkpoint(one) for one in (plain, rounded, swept, table_variants(["sdpa-sorted"], [], None)[0])]
     assert chosen == [models.sparse, models.rounded, models.sparse, models.dense]
-    tables = {models.table(2, checkpoint) for checkpoint in (models.sparse, models.rounded)}
+    tables = {models.tables(2, checkpoint) for checkpoint in (models.sparse, models.rounded)}
     assert len(tables) == 2 and models.probabilities.keys() == {models.sparse.path, models.rounded.path}
     published = make_models(setting_of(*command, "--table", "published"))
     assert published.sparse.path == models.sparse.path != published.rounded.path != models.rounded.path

@@ -38,7 +38,7 @@ def job(tmp_path, windows, tokenizer, model_folder):
         compiled=False,
         onednn=None,
         mask=None,
-        table=None,
+        tables=None,
         dtype="float32",
         device="cpu",
         inputs=str(inputs),
@@ -98,9 +98,9 @@ def test_logits_are_those_of_each_window_alone(job, windows, expected, attention
 def test_a_mask_and_bits_are_applied(job, expected, saved_mask, padding):
     job = replace(job, attention="sparse", padding=padding, mask=saved_mask(0.0), repeats=1)
     assert_equal_logits(measure(job)[1], expected)
-    _, rounded = measure(replace(job, table=list(astuple(log_table(1)))))
+    _, rounded = measure(replace(job, tables=[list(astuple(log_table(1)))] * 2))
     assert not torch.allclose(rounded["start"], expected[0], atol=1e-3)
-    _, zeros = measure(replace(job, table=[0.5, [0.0, 0.0]]))  # every probability becomes 0
+    _, zeros = measure(replace(job, tables=[[0.5, [0.0, 0.0]]] * 2))  # every probability becomes 0
     assert not torch.allclose(zeros["start"], rounded["start"], atol=1e-3)
     _, pruned = measure(replace(job, mask=saved_mask(0.9)))
     assert not torch.allclose(pruned["start"], expected[0], atol=1e-3)

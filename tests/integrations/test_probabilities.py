@@ -11,9 +11,13 @@ from sparse_attn import (
     calibrated_table,
     collect_probabilities,
     is_patched,
+    log_table,
     patch_bert,
+    patch_model,
+    patched,
 )
-from tests.integrations.conftest import padded_inputs
+from tests.integrations.conftest import inputs_of, padded_inputs, run
+from tests.integrations.test_families import LAYERS, MODELS, make
 
 
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
@@ -96,3 +100,39 @@ def test_without_a_batch_there_is_nothing_to_collect(model):
         collect_probabilities(model, [padded_inputs()], nothing, progress=False)
     with pytest.raises(ValueError, match="3 layers x 2 heads"):
         collect_probabilities(model, [padded_inputs()], GlobalMask.random(3, 2, 24, sparsity=0.5), progress=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_layer_has_its_own_histogram_and_levels(name):
+    """Also where layers share a module."""
+    model, mask = make(name), GlobalMask.random(LAYERS, 2, 32, sparsity=0.5)
+    batches = [inputs_of(), inputs_of((9, 9))]
+    layers = collect_probabilities(model, batches, mask, by_layer=True, progress=False)
+    together = collect_probabilities(model, batches, mask, progress=False)
+    assert len(layers) == LAYERS and len({layer.sums.square().sum().item() for layer in layers}) == LAYERS
+    torch.testing.assert_close(sum(layer.counts for layer in layers), together.counts)
+    torch.testing.assert_close(sum(layer.sums for layer in layers), together.sums)
+    rows = together.rows / LAYERS
+    assert all(layer.rows == pytest.approx(rows, rel=1e-5) for layer in layers)
+
+    tables, inputs = [log_table(3), calibrated_table(layers[1], 2), None], inputs_of()
+    attentions = run(patch_model(model, mask, tables, unpad=False), inputs, output_attentions=True).attentions
+    real = inputs["attention_mask"].bool()
+    for table, used in zip(tables, attentions, strict=True):
+        values = used.transpose(1, 2)[real].unique()
+        if table is None:
+            assert len(values) > 2 * 8
+        else:
+            assert all(min(abs(value - level) for level in table.levels) < 1e-6 for value in values.tolist())
+    with patched(model, mask, 1):
+        pass
+    again = run(model, inputs, output_attentions=True).attentions
+    assert all(map(torch.equal, attentions, again)), "afterwards every layer has its own levels again"
+
+
+def test_levels_for_other_layers_are_refused():
+    model = make("BERT")
+    with pytest.raises(ValueError, match="bits has 2 values, the mask 3 layers; expected one for each, or for all"):
+        patch_model(model, GlobalMask.random(LAYERS, 2, 32, sparsity=0.5), [3, 3])
+    with pytest.raises(TypeError, match="by_layer is 1, expected True or False"):
+        collect_probabilities(model, [inputs_of()], GlobalMask.random(LAYERS, 2, 32, sparsity=0.5), by_layer=1)
