@@ -81,11 +81,11 @@ except KeyboardInterrupt:
     pid, copy = tmp_path / "pid", tmp_path / "copy"
     step = Step("slow", python(code, str(pid), "{seconds}", "{minutes}"), copies=((pid, copy),))
     start = time.monotonic()
-    outcome = run_step(step, 3.0, tmp_path / LOG, stop_seconds=1.0)
+    outcome = run_step(step, 6.0, tmp_path / LOG, stop_seconds=4.0)
     assert time.monotonic() - start < 10
-    assert outcome.status == OUT_OF_TIME and outcome.reason == "stopped after 2 s"
+    assert outcome.status == OUT_OF_TIME and outcome.reason == "stopped after 3 s"
     text = "\n".join(outcome.last_lines)
-    assert "started 1.0 0.017" in (tmp_path / LOG).read_text() and "KeyboardInterrupt" in text
+    assert "started 1.5 0.025" in (tmp_path / LOG).read_text() and "KeyboardInterrupt" in text
     assert "tidied up" in (tmp_path / LOG).read_text()
     assert ends_soon(Path(f"/proc/{copy.read_text()}/stat"))
 
