@@ -98,6 +98,7 @@ def run_step(step: Step, slot: float, log: Path, stop_seconds: float = STOP_SECO
             process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 env=_environment(step.environment), start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )  # fmt: skip
         except OSError as error:
             return Outcome(step.name, FAILED, str(error), shown, round(slot, 1))
@@ -179,6 +180,11 @@ def _wait(process: subprocess.Popen, seconds: float, stop_seconds: float) -> boo
     finally:
         _signal(process, signal.SIGKILL)
         process.wait()
+
+
+def _heed_interrupts() -> None:
+    """What is started in the background of a shell ignores interrupts, and so would its commands."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
