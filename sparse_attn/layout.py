@@ -165,7 +165,10 @@ class SparseLayout:
         return self._bias
 
     def work(self, rows: int = 16) -> float:
-        """Share of the dense work that a kernel with groups of `rows` queries does, 1 at least."""
+        """Share of the dense work that a kernel with groups of `rows` queries does.
+
+        Raises ValueError for fewer than 1.
+        """
         if rows < 1:
             raise ValueError(f"rows is {rows}, expected at least 1 query in a group")
         if rows not in self._work:
@@ -185,7 +188,7 @@ class SparseLayout:
 
         Raises ValueError where there is no such device.
         """
-        device = existing(device)
+        device = existing_device(device)
         if device == self.device:
             return self
         moved = SparseLayout(self._source)
@@ -195,7 +198,7 @@ class SparseLayout:
         return moved
 
 
-def existing(device: torch.device | str) -> torch.device:
+def existing_device(device: torch.device | str) -> torch.device:
     """The device with its index ("cuda" becomes "cuda:0"). Raises ValueError where there is none of that name."""
     try:
         return torch.empty(0, device=device).device

@@ -15,7 +15,7 @@ from .arguments import expect_flags
 from .averages import AttentionAverages
 from .bitpacking import PackedMask
 from .files import load_tensors, save_tensors
-from .layout import SparseLayout, existing
+from .layout import SparseLayout, existing_device
 
 TILE_ROWS = 16  # queries that a tile keeps or prunes together
 _KIND = "global mask"
@@ -276,7 +276,7 @@ class GlobalMask:
     def layout(self, layer: int, device: torch.device | str | None = None) -> SparseLayout:
         """The compiled mask of a layer (0-based) on `device` (default: the CPU), made once and cached."""
         layer = self._checked(layer)
-        device = torch.device("cpu") if device is None else existing(device)
+        device = torch.device("cpu") if device is None else existing_device(device)
         if (layer, device) not in self._layouts:
             on_cpu = self._layouts.setdefault((layer, torch.device("cpu")), SparseLayout(self._packed[layer]))
             self._layouts[layer, device] = on_cpu.to(device)

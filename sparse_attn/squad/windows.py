@@ -13,6 +13,8 @@ from sparse_attn.cutting import Cut, expect_fast_tokenizer
 from sparse_attn.squad.reading import Question
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a model may take of a batch
+_QUESTIONS_PER_CALL = 256
+_CONTEXT = 1  # the second segment
 
 
 def check_input_names(input_names: Sequence[str]) -> None:
@@ -20,10 +22,6 @@ def check_input_names(input_names: Sequence[str]) -> None:
     unknown = [name for name in input_names if name not in MODEL_INPUTS]
     if unknown:
         raise ValueError(f"input_names holds {unknown[0]!r}; expected names among {', '.join(MODEL_INPUTS)}")
-
-
-_QUESTIONS_PER_CALL = 256
-_CONTEXT = 1  # the second segment
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Steps in time slots, and the commands of the suite."""
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -66,7 +67,17 @@ def ends_soon(stat: Path) -> bool:
     return False
 
 
-def test_a_slow_step_is_interrupted_with_what_it_started_and_its_copies_are_kept(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_slow_step_is_interrupted_with_what_it_started_and_its_copies_are_kept(tmp_path, background):
+    """Also where interrupts are ignored, as by what a shell starts in its background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler)
+    try:
+        check_a_slow_step(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_a_slow_step(tmp_path):
     code = """
 import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
