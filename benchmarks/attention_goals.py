@@ -39,6 +39,13 @@ class Goal:
         return self.against not in (UNROUNDED, MEMORY)
 
     @property
+    def name(self) -> str:
+        """For example "squad384 forward, tile mask, 3 bits, against itself without bits"."""
+        bits = "" if self.bits is None else f", {self.bits} bits"
+        against = self.against if self.against == TRITON else f"against {self.against}"
+        return f"{self.workload} {self.direction}, {self.mask} mask{bits}, {against}"
+
+    @property
     def text(self) -> str:
         """For example "at least 1.8x as fast"."""
         return f"at least {self.ratio:g}x as fast" if self.is_speed_up else f"at most {self.ratio:g}x the time"

@@ -1,9 +1,9 @@
 """Renders the committed results into the pages and pictures that show them: `python -m benchmarks.report [--check]`.
 
 Results lie in benchmarks/results/<device>/: attention-*.json (of these, the newest of each device and dtype is shown),
-squad-*.json, long-*.json, collect-*.json and counters-*.json, as the benchmarks of these names write them, and beside
-the folders what `kernel_report` recorded. Pages show them between markers; nothing there is typed by hand. --check
-writes nothing and fails if a page is out of date.
+squad-*.json, long-*.json, collect-*.json and counters-*.json, as the benchmarks of these names write them; missed.json, why
+they miss goals; and beside the folders what `kernel_report` recorded. Pages show them between markers; nothing there is
+typed by hand. --check writes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 
 from . import collect, counters, long
 from .attention_chart import draw_roofline, draw_times
+from .attention_goals import outcomes
 from .attention_results import newest_results
 from .attention_table import SUMMARY_COLUMNS, goal_lines, measured_lines, summary_rows
 from .compiled_kernels import compiled_section
 from .device import ROOT
+from .missed_goals import missed_lines
 from .pages import between_markers, save_svg, table_lines
 from .pass_goals import collection_goals, long_goals, squad_goals
 from .squad import summary as squad
@@ -63,13 +65,17 @@ def squad_section(folder: Path) -> str:
 def pass_section(folder: Path) -> str:
     """Markdown of the goals for whole passes, and of what was measured on long documents and of collections."""
     passes, long_documents, collections = (read_results(folder, kind) for kind in ("squad", "long", "collect"))
-    reached = [
-        [f"{results['device']}, {squad.heading(results)}", one] for _, results in passes for one in squad_goals(results)
+    goals = [
+        *((path, f"{results['device']}, {squad.heading(results)}", squad_goals(results)) for path, results in passes),
+        *((path, long.table(results).title, long_goals(results)) for path, results in long_documents),
+        *((path, results["device"], collection_goals(results)) for path, results in collections),
     ]
-    reached += [[long.table(results).title, one] for _, results in long_documents for one in long_goals(results)]
-    reached += [[results["device"], one] for _, results in collections for one in collection_goals(results)]
-    rows = [[where, one.what, one.goal, one.figure, "yes" if one.met else "no"] for where, one in reached]
-    lines = [*table_lines(("where", "what", "goal", "measured", "met"), rows, text_columns=3), ""]
+    rows, missed = [], []
+    for path, where, found in goals:
+        reached = list(found)
+        rows += [[where, one.what, one.goal, one.figure, "yes" if one.met else "no"] for one in reached]
+        missed += _missed_lines(f"Missed, {where}:", path, [one.what for one in reached if not one.met])
+    lines = [*table_lines(("where", "what", "goal", "measured", "met"), rows, text_columns=3), "", *missed]
     for name, benchmark, found in (("Long documents", long, long_documents), ("Averages", collect, collections)):
         for path, results in found:
             table = benchmark.table(results)
@@ -103,6 +109,7 @@ def attention_section(folder: Path) -> str:
     lines = [] if _on_gpu(found) else [NO_GPU, ""]
     for path, results in found:
         lines += [f"### {_heading(results)}", "", *goal_lines(results)]
+        lines += _missed_lines("Missed:", path, [one.goal.name for one in outcomes(results) if one.met is False])
         lines += [f"![{kind}](images/{name})\n" for kind, name in pictures(path, results).items()]
     return "\n".join(lines)
 
@@ -187,6 +194,10 @@ def sweep_picture(path: Path, name: str) -> str:
 
 def _on_gpu(found: list[tuple[Path, dict[str, Any]]]) -> bool:
     return any(results["device_type"] == "cuda" for _, results in found)
+
+
+def _missed_lines(title: str, path: Path, goals: list[str]) -> list[str]:
+    return [title, "", *missed_lines(path, goals), ""] if goals else []
 
 
 def _heading(results: dict[str, Any]) -> str:

@@ -1,4 +1,8 @@
-"""Checks of arguments that several functions share."""
+"""Checks of arguments that several functions share. TypeError: of the wrong kind; ValueError: out of range.
+
+Numbers may be NumPy's, and tensors or symbols where a model is traced. Python's come first: torch.compile cannot ask these
+whether they have a method.
+"""
 
 from __future__ import annotations
 
@@ -8,3 +12,31 @@ def expect_flags(or_none: bool = False, **flags: object) -> None:
     for name, value in flags.items():
         if not (isinstance(value, bool) or (or_none and value is None)):
             raise TypeError(f"{name} is {value!r}, expected {'True, False or None' if or_none else 'True or False'}")
+
+
+def expect_whole(least: int = 1, or_none: bool = False, **numbers: object) -> None:
+    """Raises TypeError for what is no whole number, and ValueError for one below `least`."""
+    for name, value in numbers.items():
+        if or_none and value is None:
+            continue
+        expected = f"expected a whole number, at least {least}{', or None' if or_none else ''}"
+        if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+            raise TypeError(f"{name} is {value!r}, {expected}")
+        if value < least:
+            raise ValueError(f"{name} is {value}, {expected}")
+
+
+def expect_numbers(or_none: bool = False, **numbers: object) -> None:
+    """Raises TypeError for what is no number."""
+    for name, value in numbers.items():
+        if not (isinstance(value, (int, float)) or hasattr(value, "__float__") or (or_none and value is None)):
+            raise TypeError(f"{name} is {value!r}, expected a number{', or None' if or_none else ''}")
+
+
+def expect_shares(or_none: bool = False, **shares: object) -> None:
+    """Raises TypeError for what is no number, and ValueError for one outside [0, 1)."""
+    expect_numbers(or_none, **shares)
+    for name, value in shares.items():
+        if value is not None and not 0.0 <= value < 1.0:
+            ending = ", or None" if or_none else ""
+            raise ValueError(f"{name} is {value}, expected a share in [0, 1), such as 0.1 for 10 %{ending}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .arguments import expect_flags
+from .arguments import expect_flags, expect_numbers, expect_shares, expect_whole
 from .backends import BACKENDS, automatic, reference, usual
 from .layout import SparseLayout
 from .ops import AttentionCall, run
@@ -74,7 +74,7 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or lengths that do not fit; each named with what was expected.
-        TypeError: bits that are neither an integer nor a table; causal or return_lse that is no bool.
+        TypeError: bits that are neither an integer nor a table; other arguments of the wrong kind.
         RuntimeError: the named backend cannot compute this; its reasons are listed.
         NotImplementedError: forward-mode gradients; gradients of second order, but with the reference backend.
             `attention_probabilities` has both.
@@ -199,15 +199,17 @@ def _checked_call(
     query, key, value, layout, *, scale=None, bits=None, query_lengths=None, key_lengths=None, key_padding_mask=None,
     cu_seqlens=None, max_length=None, causal=False, query_offset=0, dropout=0.0,
 ) -> AttentionCall:  # fmt: skip
-    check_call(query, key, value, layout, cu_seqlens, query_offset)
     expect_flags(causal=causal)
+    expect_whole(0, query_offset=query_offset)
+    expect_whole(0, or_none=True, max_length=max_length)
+    expect_numbers(or_none=True, scale=scale)
+    expect_shares(dropout=dropout)
+    check_call(query, key, value, layout, cu_seqlens, query_offset)
     if cu_seqlens is not None:
         if not (query_lengths is key_lengths is key_padding_mask is None):
             raise ValueError("cu_seqlens describes sequences without padding; leave lengths and padding masks out")
         max_length = packed_length(cu_seqlens, max_length, query.shape[0])
         check_packed_length(max_length, query_offset, layout)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}, expected a share in [0, 1)")
     batch = query.shape[0]
     return AttentionCall(
         query=query,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from . import extension
+from .arguments import expect_whole
 
 torch.library.define("sparse_attn::pack_bits", "(Tensor mask) -> Tensor")
 torch.library.define("sparse_attn::unpack_bits", "(Tensor packed, int count) -> Tensor")
@@ -57,10 +58,7 @@ def unpack_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
         TypeError: `packed` is not a uint8 tensor, or `count` is not an integer.
         ValueError: `packed` is not on the CPU, is not one-dimensional or has another length.
     """
-    if not isinstance(count, int):
-        raise TypeError(f"count must be an int, not {type(count).__name__}")
-    if count < 0:
-        raise ValueError(f"count must not be negative, got {count}")
+    expect_whole(0, count=count)
     _check_packed(packed, count)
     if _native():
         return torch.ops.sparse_attn.unpack_bits(packed, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import kl_div, mse_loss
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .arguments import expect_numbers, expect_whole
 from .cutting import Cut, expect_fast_tokenizer
 from .integrations.models import evaluating
 from .integrations.transformers import is_patched
@@ -86,8 +88,11 @@ def distil(
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
         ValueError: no inputs, fields of different lengths, models that do not fit together, a number out of range.
         TypeError: weights of a dtype other than float32, inputs that are no sequence of mappings.
+
+    Warns of a student that is not patched.
     """
     _check(student, teacher, inputs)
+    expect_numbers(temperature=temperature, logits_weight=logits_weight, hidden_weight=hidden_weight)
     weights = (logits_weight, hidden_weight)
     if not 0 < temperature < math.inf or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
         raise ValueError(
@@ -113,6 +118,7 @@ def text_windows(text: str, tokenizer, max_length: int = 384) -> list[dict[str, 
     """
     if not isinstance(text, str):
         raise TypeError(f"text is {type(text).__name__}, expected one str; call text_windows for each text")
+    expect_whole(max_length=max_length)
     expect_fast_tokenizer(tokenizer)
     names = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
     encoding = tokenizer([text], truncation=False, verbose=False)
@@ -234,6 +240,12 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[
             raise ValueError(
                 f"input {index} has the fields {sorted(lengths)}, the first one {sorted(inputs[0])}; expected the same"
             )
+    if not is_patched(student):
+        warnings.warn(
+            "the student is not patched: it attends to all positions, as its teacher does. To recover what pruning "
+            "costs, call patch_bert(student, mask) first",
+            stacklevel=3,
+        )
 
 
 def _is_nested(values: Sequence | Tensor) -> bool:

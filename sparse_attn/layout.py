@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .arguments import expect_whole
 from .bitpacking import PackedMask
 from .step_lists import StepLists, step_bits_of
 
@@ -167,10 +168,9 @@ class SparseLayout:
     def work(self, rows: int = 16) -> float:
         """Share of the dense work that a kernel with groups of `rows` queries does.
 
-        Raises ValueError for fewer than 1.
+        Raises ValueError for fewer than 1, TypeError for what is no whole number.
         """
-        if rows < 1:
-            raise ValueError(f"rows is {rows}, expected at least 1 query in a group")
+        expect_whole(rows=rows)
         if rows not in self._work:
             entries = int(sum(_group_counts(head, rows).count_nonzero() for head in self._heads()))
             self._work[rows] = entries / (self.heads * -(-self.query_len // rows) * self.key_len)

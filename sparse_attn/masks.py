@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import ranking
-from .arguments import expect_flags
+from .arguments import expect_flags, expect_shares, expect_whole
 from .averages import AttentionAverages
 from .bitpacking import PackedMask
 from .files import load_tensors, save_tensors
@@ -128,7 +128,7 @@ class GlobalMask:
         sparsity = _checked_sparsity(sparsity)
         _check_choice("granularity", granularity, ("element", "tile"))
         key_len = query_len if key_len is None else key_len
-        _check_sizes(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
+        expect_whole(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (layers, heads, query_len, key_len)
         scores = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -172,7 +172,7 @@ class GlobalMask:
         and returns what broadcasts to bool [query_len, key_len], true = kept.
         """
         key_len = query_len if key_len is None else key_len
-        _check_sizes(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
+        expect_whole(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
         query = torch.arange(query_len, device="cpu").view(-1, 1)
         key = torch.arange(key_len, device="cpu").view(1, -1)
         keep = torch.empty(layers, heads, query_len, key_len, dtype=torch.bool, device="cpu")
@@ -307,17 +307,8 @@ class GlobalMask:
 
 
 def _checked_sparsity(sparsity: float) -> float:
-    if isinstance(sparsity, str) or not hasattr(sparsity, "__float__"):
-        raise TypeError(f"sparsity is {sparsity!r}, expected a number in [0, 1): 0.9 prunes 90 % of the positions")
-    if not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"sparsity is {sparsity}, expected a share in [0, 1): 0.9 prunes 90 % of the positions")
-    return float(sparsity)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}, expected at least 1")
+    expect_shares(sparsity=sparsity)
+    return float(sparsity)  # NumPy's numbers cannot be written to a file's metadata
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .arguments import expect_numbers, expect_shares, expect_whole
 from .extension import how_to_install
 
 _BATCHES_SORTED_TOGETHER = 16
@@ -34,7 +35,7 @@ class Schedule:
         dropout: instead of the model's own; None leaves that as it is.
         seed: of dropout and of the order of the batches.
 
-    Raises ValueError for a number that is out of range.
+    Raises ValueError for a number that is out of range, TypeError for what is no number.
     """
 
     epochs: int
@@ -47,10 +48,13 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self):
-        if not (_is_whole(self.epochs) and _is_whole(self.batch_size) and self.epochs >= 1 and self.batch_size >= 1):
-            raise ValueError(
-                f"epochs is {self.epochs} and batch_size {self.batch_size}; expected whole numbers, at least 1 each"
-            )
+        expect_whole(epochs=self.epochs, batch_size=self.batch_size)
+        expect_whole(0, seed=self.seed)
+        expect_numbers(
+            learning_rate=self.learning_rate, warmup_share=self.warmup_share, weight_decay=self.weight_decay
+        )
+        expect_numbers(or_none=True, head_learning_rate=self.head_learning_rate)
+        expect_shares(or_none=True, dropout=self.dropout)
         if not 0 < self.learning_rate < math.inf or not 0 <= self.warmup_share <= 1:
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and warmup_share {self.warmup_share}; expected a rate above "
@@ -61,14 +65,8 @@ class Schedule:
                 f"head_learning_rate is {self.head_learning_rate} and weight_decay {self.weight_decay}; expected "
                 "numbers from 0 on"
             )
-        if not 0 <= (self.dropout or 0) < 1:
-            raise ValueError(f"dropout is {self.dropout}, expected a share in [0, 1), or None for the model's own")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**32:
+        if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}, expected a whole number from 0 to 2 ** 32 - 1")
-
-
-def _is_whole(number: object) -> bool:
-    return hasattr(number, "__index__")  # NumPy's integers too
 
 
 def require_accelerate() -> None:

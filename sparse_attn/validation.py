@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import expect_whole
 from .layout import SparseLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -25,10 +26,9 @@ def check_call(
 
 
 def check_prepared(layout: SparseLayout, head_dim: int, dtype: torch.dtype) -> None:
-    """Raises ValueError for a layout, head_dim or dtype that no call has."""
+    """Raises ValueError for a layout, head_dim or dtype that no call has, TypeError for a head_dim of another kind."""
     _expect_layout(layout)
-    if not isinstance(head_dim, int) or head_dim < 1:
-        raise ValueError(f"head_dim is {head_dim!r}, expected a whole number, at least 1")
+    expect_whole(head_dim=head_dim)
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected torch.float16, bfloat16, float32 or float64")
 
@@ -95,8 +95,6 @@ def _check_layout(query: Tensor, key: Tensor, layout: SparseLayout, packed: bool
         raise ValueError(
             f"the layout is on {layout.device}, the query on {query.device}; use mask.layout(layer, query.device)"
         )
-    if query_offset < 0:
-        raise ValueError(f"query_offset is {query_offset}, expected the absolute position of the first query, from 0")
     if packed:
         return  # its lengths live on the device: see check_packed_length
     query_len, key_len = query.shape[2] + query_offset, key.shape[2]

@@ -355,7 +355,11 @@ def test_bad_arguments_are_named():
     refused("bits is 0, expected 1..8", bits=0)
     refused("bits is 3.0", bits=3.0, error=TypeError)
     refused("dropout is 1.0", dropout=1.0)
+    refused("dropout is '0.1', expected a number", dropout="0.1", error=TypeError)
+    refused("scale is '1', expected a number, or None", scale="1", error=TypeError)
     refused("query_offset is -1", query_offset=-1)
+    refused("query_offset is 1.5, expected a whole number", query_offset=1.5, error=TypeError)
+    refused("max_length is '6'", *packed, cu_seqlens=cu_seqlens, max_length="6", error=TypeError)
     refused("backend is 'fast', expected 'auto' or one of", backend="fast")
     refused("causal is 'no', expected True or False", causal="no", error=TypeError)
     refused("return_lse is 1, expected True or False", return_lse=1, error=TypeError)
@@ -372,7 +376,6 @@ def test_bad_arguments_are_named():
     ("changed", "message"),
     [
         ({"layout": torch.ones(2, 8, 8)}, "layout is Tensor, expected a SparseLayout"),
-        ({"head_dim": "64"}, "head_dim is '64', expected a whole number"),
         ({"head_dim": 0}, "head_dim is 0"),
         ({"dtype": torch.int32}, "dtype is torch.int32, expected torch.float16"),
         ({"dtype": "float32"}, "dtype is 'float32'"),

@@ -185,7 +185,7 @@ def test_text_without_tokens_or_room_is_refused(tokenizer):
 def test_what_cannot_be_distilled_is_refused(changes, message):
     arguments = {"inputs": sequences(4), "progress": False, **changes}
     with pytest.raises(ValueError, match=message):
-        distil(teacher_of(), teacher_of(), **arguments)
+        distil(student_of(teacher_of()), teacher_of(), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_what_cannot_be_distilled_is_refused(changes, message):
 )
 def test_inputs_of_other_types_are_refused(inputs, message):
     with pytest.raises(TypeError, match=message):
-        distil(teacher_of(), teacher_of(), inputs, progress=False)
+        distil(student_of(teacher_of()), teacher_of(), inputs, progress=False)
 
 
 def test_models_that_do_not_fit_together_are_refused():
@@ -206,7 +206,7 @@ def test_models_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="the teacher is patched and the student is not"):
         distil(teacher_of(), patch_bert(teacher_of(), GlobalMask.random(2, 2, 64, sparsity=0.5)), sequences(4))
     with pytest.raises(ValueError, match=r"are frozen; .*requires_grad_\(True\)"):
-        distil(teacher_of().requires_grad_(False), teacher, sequences(4), progress=False)
+        distil(student_of(teacher).requires_grad_(False), teacher, sequences(4), progress=False)
     with pytest.raises(ValueError, match="one object"):
         distil(teacher, teacher, sequences(4))
     with pytest.raises(ValueError, match="3 layers of size 64, the teacher 2 of size 64"):
@@ -216,4 +216,9 @@ def test_models_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="the student is a BertModel, the teacher a BertForQuestionAnswering"):
         distil(BertModel(small_config()), teacher, sequences(4))
     with pytest.raises(TypeError, match="torch.bfloat16.*model.float"):
-        distil(teacher_of().bfloat16(), teacher, sequences(4))
+        distil(student_of(teacher).bfloat16(), teacher, sequences(4))
+
+
+def test_a_student_that_nobody_patched_is_warned_of():
+    with pytest.warns(UserWarning, match=r"the student is not patched.*call patch_bert\(student, mask\)"):
+        distil(teacher_of(), teacher_of(), sequences(4), epochs=1, progress=False)

@@ -186,7 +186,7 @@ def test_work_is_what_a_kernel_touches():
 
 def test_what_a_layout_cannot_do_is_named():
     layout = GlobalMask.random(1, 2, 40, sparsity=0.5).layout(0)
-    with pytest.raises(ValueError, match="rows is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="rows is 0, expected a whole number, at least 1"):
         layout.work(0)
     with pytest.raises(ValueError, match="device is 'nowhere', which this torch has not"):
         layout.to("nowhere")

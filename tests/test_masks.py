@@ -197,7 +197,7 @@ def test_bad_arguments_are_named():
     for flag in ("keep_diagonal", "strict"):
         with pytest.raises(TypeError, match=f"{flag} is 'False', expected True or False"):
             GlobalMask.from_averages(worked_example(), 0.5, **{flag: "False"})
-    with pytest.raises(ValueError, match="layers is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="layers is 0, expected a whole number, at least 1"):
         GlobalMask.random(0, 1, 4, sparsity=0.5)
     with pytest.raises(ValueError, match="no counted position"):
         GlobalMask.from_averages(AttentionAverages(torch.zeros(1, 1, 2, 2), torch.zeros(2, 2)), 0.5)

@@ -84,8 +84,7 @@ def attend(call: AttentionCall, row_numbers: Tensor) -> Attended:
     scores = (call.query.to(dtype) @ call.key.to(dtype).transpose(-1, -2)) * call.scale
     scores = scores.masked_fill(~kept_positions(call), float("-inf"))
     lse = torch.logsumexp(scores, dim=-1)
-    # An empty row has lse -inf: subtract 0 there, so that exp(-inf) = 0 and nothing becomes NaN.
-    softmax = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+    softmax = torch.softmax(scores, dim=-1).masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)  # empty rows: no NaN
     used = softmax if call.table is None else quantize(softmax, call.table)
     factors = None
     if call.dropout > 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import expect_whole
 from ..averages import AttentionAverages, pad_corner
 from ..distributed import sums_over_processes
 from .packing import Packing
@@ -33,8 +34,7 @@ class AttentionSums:
     """
 
     def __init__(self, layers: int, heads: int, max_length: int | None):
-        if max_length is not None and (not hasattr(max_length, "__index__") or max_length < 1):
-            raise ValueError(f"max_length is {max_length}, expected a whole number of positions, at least 1, or None")
+        expect_whole(or_none=True, max_length=max_length)
         self.layers, self.heads, self.max_length = layers, heads, max_length
         self.side = max_length or 0
         self.sums = torch.zeros(layers, heads, self.side, self.side, dtype=torch.float64, device="cpu")

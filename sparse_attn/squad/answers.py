@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sparse_attn.arguments import expect_whole
 from sparse_attn.squad.reading import Question
 from sparse_attn.squad.windows import Window
 
@@ -38,11 +39,11 @@ def best_answers(
         Question id -> answer; "" where no span counts.
 
     Raises:
+        TypeError: an option is no whole number.
         ValueError: the numbers of windows and logits differ, a row of logits is shorter than its window or
             not finite in the context, a question has no window, or an option is below 1.
     """
-    if max_answer_length < 1 or best < 1:
-        raise ValueError(f"max_answer_length is {max_answer_length} and best {best}; expected at least 1 of each")
+    expect_whole(max_answer_length=max_answer_length, best=best)
     if not len(windows) == len(start_logits) == len(end_logits):
         raise ValueError(
             f"{len(windows)} windows, {len(start_logits)} rows of start logits and {len(end_logits)} rows of "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_attn.arguments import expect_whole
 from sparse_attn.files import expect_file
 
 _JSON_TYPES = {dict: "object", list: "array", str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -49,9 +50,9 @@ def read_squad(path: str | os.PathLike[str], limit: int | None = None) -> list[Q
         ValueError: the file is not UTF-8 JSON, a record lacks a field or has a wrong one, an id occurs twice, a
             question has no answer (SQuAD 2.0), there is no question at all, or `limit` is below 1. The message
             names file, record and field.
+        TypeError: `limit` is no whole number.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1 question, or None for all")
+    expect_whole(or_none=True, limit=limit)
     path = Path(path).expanduser()
     questions: list[Question] = []
     records: dict[str, str] = {}

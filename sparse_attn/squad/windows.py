@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from sparse_attn.arguments import expect_whole
 from sparse_attn.cutting import Cut, expect_fast_tokenizer
 from sparse_attn.squad.reading import Question
 
@@ -58,13 +59,13 @@ def make_windows(questions: Sequence[Question], tokenizer, max_length: int = 384
         At least one window per question.
 
     Raises:
-        TypeError: the tokenizer is not a fast one.
+        TypeError: the tokenizer is not a fast one, or a length is no whole number.
         ValueError: a length is out of range, or a question leaves too little room for its context to advance;
             the message names the question.
     """
     expect_fast_tokenizer(tokenizer)
-    if max_length < 1 or stride < 0:
-        raise ValueError(f"max_length is {max_length} and stride {stride}; expected at least 1 and at least 0")
+    expect_whole(max_length=max_length)
+    expect_whole(0, stride=stride)
     windows: list[Window] = []
     for first in range(0, len(questions), _QUESTIONS_PER_CALL):
         batch = questions[first : first + _QUESTIONS_PER_CALL]
@@ -86,15 +87,15 @@ def length_sorted_batches(
 
     Raises:
         ValueError: both or neither were given, one is below 1, or a window is longer than the budget.
+        TypeError: one is no whole number.
     """
     if (batch_size is None) == (tokens_per_batch is None):
         raise ValueError(
             f"batch_size is {batch_size} and tokens_per_batch {tokens_per_batch}; expected one of them, and one only"
         )
+    expect_whole(or_none=True, batch_size=batch_size, tokens_per_batch=tokens_per_batch)
     order = sorted(range(len(windows)), key=lambda index: -len(windows[index].input_ids))
     if tokens_per_batch is None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     batches, first = [], 0
     while first < len(order):

@@ -6,9 +6,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from benchmarks.attention_goals import outcomes
 from benchmarks.attention_results import newest_results
 from benchmarks.attention_table import absence_lines, goal_lines, milliseconds, print_table
+from benchmarks.missed_goals import RECORD, missed_lines, reasons_of
 from benchmarks.pages import between_markers, complete_files, rate
+from benchmarks.pass_goals import collection_goals, long_goals, squad_goals
 from benchmarks.report import (
     IMAGES,
     NO_GPU,
@@ -22,6 +25,7 @@ from benchmarks.report import (
     main,
     pass_section,
     pictures,
+    read_results,
     squad_section,
     squad_summary,
 )
@@ -108,6 +112,29 @@ def test_passes_are_shown_with_their_goals():
     for kind in ("long", "collect"):
         for path in RESULTS.glob(f"*/{kind}-*.json"):
             assert f"(../benchmarks/results/{path.parent.name}/{path.name})" in section
+
+
+def test_every_missed_goal_of_the_committed_results_has_its_reason():
+    missed = {}
+    for path, found in newest_results(RESULTS):
+        missed[path] = [one.goal.name for one in outcomes(found) if one.met is False]
+    for kind, goals in (("squad", squad_goals), ("long", long_goals), ("collect", collection_goals)):
+        for path, found in read_results(RESULTS, kind):
+            missed[path] = [one.what for one in goals(found) if not one.met]
+    for path, names in missed.items():
+        explained = [goal for goals in reasons_of(path).values() for goal in goals]
+        assert sorted(explained) == sorted(names), f"{path}: missed.json beside it explains other goals"
+    for record in RESULTS.glob(f"*/{RECORD}"):
+        assert {record.with_name(name) for name in json.loads(record.read_text())} <= missed.keys()
+
+
+def test_reasons_stand_with_the_goals_that_they_explain(tmp_path):
+    results = tmp_path / "squad-x.json"
+    assert missed_lines(results, ["a", "b"]) == [f"- {name}: nobody has written down why" for name in "ab"]
+    reasons = [{"goals": ["c", "a"], "why": "too slow"}, {"goals": ["d"], "why": "met since"}]
+    (tmp_path / RECORD).write_text(json.dumps({results.name: reasons}))
+    assert missed_lines(results, ["a", "b", "c"]) == ["- c; a: too slow", "- b: nobody has written down why"]
+    assert missed_lines(tmp_path / "other.json", []) == []
 
 
 def test_missing_markers_are_named():

@@ -232,8 +232,8 @@ def test_bad_input_is_named(model):
     for shape in ((0, 9), (2, 0)):
         with pytest.raises(ValueError, match=re.escape(f"input_ids has shape {shape}")):
             collect_averages(model, [{"input_ids": torch.ones(shape).long()}], progress=False)
-    for max_length in (0, 8.0):
-        with pytest.raises(ValueError, match=f"max_length is {max_length}, expected a whole number"):
+    for max_length, error in ((0, ValueError), (8.0, TypeError)):
+        with pytest.raises(error, match=f"max_length is {max_length}, expected a whole number"):
             collect_averages(model, [padded_inputs()], max_length=max_length, progress=False)
     with pytest.raises(TypeError, match="shard is 'no', expected True or False"):
         collect_averages(model, [padded_inputs()], shard="no", progress=False)

@@ -107,8 +107,8 @@ def test_wrong_arguments_are_refused():
     question = ask("ab cd", "cd")
     with pytest.raises(TypeError, match="tokenizer is a str.*fast tokenizer"):
         make_windows([question], "bert-base-uncased")
-    for lengths in ((0, 1), (20, -1)):
-        with pytest.raises(ValueError, match=f"max_length is {lengths[0]} and stride {lengths[1]}"):
+    for lengths, message in (((0, 1), "max_length is 0"), ((20, -1), "stride is -1")):
+        with pytest.raises(ValueError, match=message):
             make_windows([question], TOKENIZER, *lengths)
 
 
