@@ -64,7 +64,8 @@ def build_command() -> type:
             (extension,) = self.extensions
             macros = ["=".join(macro) for macro in extension.define_macros]
             if torch.version.cuda is not None:
-                built = nvcc.built_object(Path(self.build_temp), extension.include_dirs, macros)
+                folder = Path(self.build_temp)
+                built = nvcc.built_object(folder, extension.include_dirs, macros, torch.version.cuda)
                 if built is not None:
                     extension.extra_objects.append(str(built[0]))
                     extension.extra_link_args += built[1]

@@ -1,9 +1,9 @@
 """Renders the committed results into the pages and pictures that show them: `python -m benchmarks.report [--check]`.
 
 Results lie in benchmarks/results/<device>/: attention-*.json (of these, the newest of each device and dtype is shown),
-squad-*.json, long-*.json, collect-*.json and counters-*.json, as the benchmarks of these names write them; missed.json, why
-they miss goals; and beside the folders what `kernel_report` recorded. Pages show them between markers; nothing there is
-typed by hand. --check writes nothing and fails if a page is out of date.
+squad-*.json, long-*.json, collect-*.json and counters-*.json, as the benchmarks of these names write them; missed.json
+says why they miss goals; beside the folders lies what `kernel_report` recorded. Pages show them between markers, where
+nothing is typed by hand. --check writes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations

@@ -21,6 +21,12 @@ def find() -> Path | None:
     return Path(found) if found else None
 
 
+def release(nvcc: Path) -> int:
+    """The CUDA version that a compiler belongs to, without what follows the point."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return int(re.search(r"release (\d+)\.", told)[1])
+
+
 def compile_object(
     nvcc: Path,
     target: Path,
@@ -55,12 +61,17 @@ def link_arguments(nvcc: Path) -> list[str]:
     return [*(f"-L{folder}" for folder in found), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
-def built_object(folder: Path, include_dirs: Sequence[str], macros: Sequence[str]) -> tuple[Path, list[str]] | None:
+def built_object(
+    folder: Path, include_dirs: Sequence[str], macros: Sequence[str], cuda_version: str
+) -> tuple[Path, list[str]] | None:
     """The object file, compiled anew if its sources have changed, and the linker's arguments; None, with one line on
-    stderr, where it cannot be compiled."""
+    stderr, where it cannot be compiled for drivers that serve CUDA `cuda_version`, torch's."""
     nvcc, target = find(), folder / "cuda_attention.o"
     if nvcc is None:
         return _without("there is no nvcc (looked in CUDA_HOME and on the search path)")
+    major = cuda_version.partition(".")[0]
+    if release(nvcc) > int(major):  # an older one's code runs on newer drivers
+        return _without(f"{nvcc} is CUDA {release(nvcc)}'s, whose code older drivers refuse; torch has CUDA {major}")
     newest = max(path.stat().st_mtime for path in (Path(__file__), *SOURCE.parent.iterdir()))
     if not target.exists() or target.stat().st_mtime < newest:
         done = compile_object(nvcc, target, include_dirs, macros)

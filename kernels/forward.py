@@ -96,7 +96,7 @@ def forward_kernel(
                     accumulator = accumulator * correction[:, None]
                     accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
         if LEVELS > 0:
-            lse2 = finite_lse2(row_max, row_sum)[:, None]
+            lse2 = (finite_lse2(row_max, row_sum) * LN_2 / LN_2)[:, None]  # as the backward pass will see it
             for part in tl.static_range(PARTS):
                 if PARTS > 1:
                     part_columns, part_bits, length = list_of_group(
@@ -122,14 +122,12 @@ def forward_kernel(
         v = load_rows(value, column, column_ok, stride_value_row, dims, stride_value_dim, HEAD_DIM)
         p, row_max, row_sum, correction = softmax_step(scores, row_max, row_sum)
         if LEVELS > 0:
-            lse2 = finite_lse2(row_max, row_sum)[:, None]
+            lse2 = (finite_lse2(row_max, row_sum) * LN_2 / LN_2)[:, None]  # as the backward pass will see it
             p = round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS, MID_POINTS)
         p = drop(p, seed_word, row_numbers, column, dropout_threshold, dropout_factor, DROPOUT)
         accumulator = tl.dot(p.to(v.dtype), v, accumulator, input_precision=PRECISION)
     if LEVELS == 0:
         accumulator = accumulator / tl.where(row_sum != 0.0, row_sum, 1.0)[:, None]
-    else:
-        accumulator += (row_sum * 0.0)[:, None]  # levels know no NaN
 
     # Rows past the sequence's end may have seen a full list: they yield zeros and -inf like any row without keys.
     accumulator = tl.where(row_ok[:, None], accumulator, 0.0)

@@ -98,15 +98,15 @@ def round_to_levels(scores, lse2, log2_threshold, step, levels, LEVELS: tl.const
     The value of a bin is its mid-point (MID_POINTS) or comes from `levels` [LEVELS]. It is selected, not loaded by
     index: the compiler would try to pipeline such a load, and some of its versions fail at that.
     """
-    position = (scores - lse2 - log2_threshold) / step
-    # Bin 0 holds what is below the threshold; the lower bound keeps -inf out of the arithmetic that follows.
-    bin = tl.floor(tl.minimum(tl.maximum(position, -1.0), LEVELS - 2.0)) + 1.0
+    position = (scores - lse2) * (1.0 / step) - log2_threshold * (1.0 / step)
+    # Bin 0 holds what is below the threshold; the bins above it are counted from 0. NaN is in none, and stays.
+    above = tl.floor(tl.minimum(position, LEVELS - 2.0, propagate_nan=tl.PropagateNan.ALL))
     if MID_POINTS:
-        return tl.where(bin > 0.0, tl.exp2(log2_threshold + (bin - 0.5) * step), 0.0)
+        return tl.where(above < 0.0, 0.0, tl.exp2(above * step + (log2_threshold + 0.5 * step)))
     rounded = tl.zeros_like(scores)
     for index in tl.static_range(1, LEVELS):
-        rounded = tl.where(bin == index, tl.load(levels + index), rounded)
-    return rounded
+        rounded = tl.where(above == index - 1, tl.load(levels + index), rounded)
+    return tl.where(above == above, rounded, above)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Checks of arguments that several functions share. TypeError: of the wrong kind; ValueError: out of range.
 
-Numbers may be NumPy's, and tensors or symbols where a model is traced. Python's come first: torch.compile cannot ask these
-whether they have a method.
+Numbers may be NumPy's, and tensors or symbols where a model is traced. Python's come first: torch.compile cannot ask
+these whether they have a method.
 """
 
 from __future__ import annotations

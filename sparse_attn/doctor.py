@@ -65,8 +65,10 @@ def _cuda_kernel() -> list[Finding]:
         return []
     if native_cuda.built():
         return [Finding("CUDA kernels", True, "built into the extension")]
-    remedy = f"install CUDA's compiler, nvcc, then {extension.HOW_TO_GET_IT}; with -v, pip shows what nvcc says"
-    return [Finding("CUDA kernels", False, "not built: there was no nvcc, or it could not compile them", remedy)]
+    compiler = f"CUDA {torch.version.cuda.partition('.')[0]}'s compiler, nvcc"
+    remedy = f"install {compiler}, then {extension.HOW_TO_GET_IT}; with -v, pip shows what nvcc says"
+    text = "not built: there was no nvcc, it was newer than torch's CUDA, or could not compile them"
+    return [Finding("CUDA kernels", False, text, remedy)]
 
 
 def _triton() -> Finding:

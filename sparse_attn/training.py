@@ -50,9 +50,7 @@ class Schedule:
     def __post_init__(self):
         expect_whole(epochs=self.epochs, batch_size=self.batch_size)
         expect_whole(0, seed=self.seed)
-        expect_numbers(
-            learning_rate=self.learning_rate, warmup_share=self.warmup_share, weight_decay=self.weight_decay
-        )
+        expect_numbers(learning_rate=self.learning_rate, warmup_share=self.warmup_share, weight_decay=self.weight_decay)
         expect_numbers(or_none=True, head_learning_rate=self.head_learning_rate)
         expect_shares(or_none=True, dropout=self.dropout)
         if not 0 < self.learning_rate < math.inf or not 0 <= self.warmup_share <= 1:

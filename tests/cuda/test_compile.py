@@ -65,6 +65,13 @@ def test_kernels_use_the_instructions_they_are_made_for(compiled):
             assert instruction in kernel
 
 
+def test_a_compiler_newer_than_torchs_cuda_is_passed_over(tmp_path, capsys):
+    older = nvcc.release(COMPILER) - 1
+    assert nvcc.built_object(tmp_path, [], [], f"{older}.8") is None
+    assert f"whose code older drivers refuse; torch has CUDA {older}\n" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_object_links_into_a_library_that_loads_without_a_gpu(compiled, tmp_path):
     library, folder = tmp_path / "attention.so", Path(torch.__file__).parent / "lib"
     command = ["c++", "-shared", compiled[0], "-o", library, f"-L{folder}", "-ltorch_cpu", "-ltorch"]

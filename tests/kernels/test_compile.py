@@ -23,7 +23,6 @@ MEASURED_SPILL_LIMIT_BYTES = 128
 SPILL_LIMIT_BYTES_OF = {
     ("grad_query", "padded", 64, "sm_86"): 24,
     ("grad_query", "padded", 64, "sm_89"): 24,
-    ("grad_key_value", "3 bits, calibrated", 128, "gfx942"): 132,
     ("grad_key_value", "causal, dropout", 128, "gfx942"): 272,
 }
 MATRIX_INSTRUCTIONS = {
