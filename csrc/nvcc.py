@@ -27,18 +27,22 @@ def release(nvcc: Path) -> int:
     return int(re.search(r"release (\d+)\.", told)[1])
 
 
+def known_architectures(nvcc: Path) -> list[str]:
+    """Those of ARCHITECTURES that a compiler knows."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+    known = re.findall(r"sm_(\d+)\b", listed)
+    return [one for one in ARCHITECTURES if one in known]
+
+
 def compile_object(
     nvcc: Path,
     target: Path,
     include_dirs: Sequence[str],
     macros: Sequence[str],
-    architectures: Sequence[str] = ARCHITECTURES,
     options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Compiles for those of the architectures that this nvcc knows."""
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
-    known = re.findall(r"sm_(\d+)\b", listed)
-    codes = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in architectures if one in known]
+    """Compiles for all architectures that this nvcc knows."""
+    codes = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in known_architectures(nvcc)]
     codes.append(f"-gencode=arch=compute_{PORTABLE},code=compute_{PORTABLE}")
     target.parent.mkdir(parents=True, exist_ok=True)
     return subprocess.run(

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import nvcc  # noqa: E402
 
 COMPILER = nvcc.find()
-TARGETS = ("80", "90")  # what lies between and beyond has the same registers
+ARCHITECTURES = nvcc.known_architectures(COMPILER) if COMPILER else []
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 # Threads of a block, which has a multiprocessor to itself, and kernels with that in their name: for float16 and
 # bfloat16, head_dim 32 and 64, three ways of rounding.
@@ -32,9 +32,7 @@ def compiled(tmp_path_factory) -> tuple[Path, str]:
     """The object file, and what ptxas says of its kernels."""
     target = tmp_path_factory.mktemp("nvcc") / "attention.o"
     include = [str(Path(torch.__file__).parent / "include")]
-    done = nvcc.compile_object(
-        COMPILER, target, include, [MACRO], TARGETS, ["-Xptxas", "-v", "-Werror", "all-warnings"]
-    )
+    done = nvcc.compile_object(COMPILER, target, include, [MACRO], options=["-Xptxas", "-v", "-Werror", "all-warnings"])
     assert done.returncode == 0, done.stderr
     return target, done.stdout + done.stderr
 
@@ -42,14 +40,14 @@ def compiled(tmp_path_factory) -> tuple[Path, str]:
 def test_kernels_fit_and_spill_nothing(compiled):
     report = compiled[1]
     names = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", report)
-    assert {target for _, target in names} == set(TARGETS) and len(names) == COUNT * len(TARGETS)
+    assert {target for _, target in names} == set(ARCHITECTURES) and len(names) == COUNT * len(ARCHITECTURES)
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(registers) == len(spills) == len(names)
     assert set(spills) == {("0", "0", "0")}
     for kernel, (threads, kinds) in KERNELS.items():
         own = [count for (name, _), count in zip(names, registers, strict=True) if f"{len(kernel)}{kernel}I" in name]
-        assert len(own) == kinds * len(TARGETS)
+        assert len(own) == kinds * len(ARCHITECTURES)
         rounded_up = -(-max(own) // 8) * 8
         assert rounded_up * threads <= REGISTERS_OF_A_MULTIPROCESSOR
 
@@ -59,7 +57,7 @@ def test_kernels_use_the_instructions_they_are_made_for(compiled):
     cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
     listing = subprocess.run([cuobjdump, "-sass", compiled[0]], capture_output=True, text=True).stdout
     kernels = listing.split("Function :")[1:]
-    assert len(kernels) == COUNT * len(TARGETS)
+    assert len(kernels) == COUNT * len(ARCHITECTURES)
     for kernel in kernels:
         for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS"):
             assert instruction in kernel
