@@ -14,16 +14,17 @@ def expect_flags(or_none: bool = False, **flags: object) -> None:
             raise TypeError(f"{name} is {value!r}, expected {'True, False or None' if or_none else 'True or False'}")
 
 
-def expect_whole(least: int = 1, or_none: bool = False, **numbers: object) -> None:
-    """Raises TypeError for what is no whole number, and ValueError for one below `least`."""
+def expect_whole(least: int | None = 1, or_none: bool = False, **numbers: object) -> None:
+    """Raises TypeError for what is no whole number, and ValueError for one below `least`, if there is such a bound."""
     for name, value in numbers.items():
         if or_none and value is None:
             continue
-        expected = f"expected a whole number, at least {least}{', or None' if or_none else ''}"
-        if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
-            raise TypeError(f"{name} is {value!r}, {expected}")
-        if value < least:
-            raise ValueError(f"{name} is {value}, {expected}")
+        whole = not isinstance(value, bool) and (isinstance(value, int) or hasattr(value, "__index__"))
+        if whole and (least is None or value >= least):
+            continue
+        bound = "" if least is None else f", at least {least}"
+        message = f"{name} is {value!r}, expected a whole number{bound}{', or None' if or_none else ''}"
+        raise ValueError(message) if whole else TypeError(message)
 
 
 def expect_numbers(or_none: bool = False, **numbers: object) -> None:

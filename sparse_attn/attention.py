@@ -201,7 +201,7 @@ def _checked_call(
 ) -> AttentionCall:  # fmt: skip
     expect_flags(causal=causal)
     expect_whole(0, query_offset=query_offset)
-    expect_whole(0, or_none=True, max_length=max_length)
+    expect_whole(None, or_none=True, max_length=max_length)  # a traced one's value may be unknown
     expect_numbers(or_none=True, scale=scale)
     expect_shares(dropout=dropout)
     check_call(query, key, value, layout, cu_seqlens, query_offset)

@@ -1,5 +1,7 @@
 """Arguments that are refused by name, alike in all functions."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ def test_what_is_expected_passes():
     expect_flags(or_none=True, a=None, b=True)
     expect_whole(a=1, b=np.int64(7))
     expect_whole(0, or_none=True, a=0, b=None, c=torch.tensor(3))
+    expect_whole(None, a=-5)
     expect_numbers(a=-1, b=0.5, c=np.float32(2), d=torch.tensor(0.5))
     expect_numbers(or_none=True, a=None)
     expect_shares(a=0, b=0.0, c=np.float64(0.999))
@@ -25,7 +28,8 @@ def test_what_is_expected_passes():
         (expect_flags, None, TypeError, "size is None, expected True or False$"),
         (expect_flags, 1, TypeError, "size is 1, expected True or False$"),
         (expect_whole, 0, ValueError, "size is 0, expected a whole number, at least 1$"),
-        (expect_whole, np.int64(-2), ValueError, "size is -2, expected a whole number, at least 1$"),
+        (expect_whole, -2, ValueError, "size is -2, expected a whole number, at least 1$"),
+        (partial(expect_whole, None), "5", TypeError, "size is '5', expected a whole number$"),
         (expect_whole, 2.0, TypeError, "size is 2.0, expected a whole number, at least 1$"),
         (expect_whole, "3", TypeError, "size is '3', expected"),
         (expect_whole, True, TypeError, "size is True, expected"),
