@@ -7,6 +7,7 @@ matrix units and schedulers. Prints a table; --json writes it, and beside it, as
 from __future__ import annotations
 
 import csv
+import math
 import re
 import shutil
 import subprocess
@@ -32,7 +33,8 @@ COLUMNS = (
 _COUNTERS = {
     "memory_bytes": (("dram__bytes_read.sum", "dram__bytes_write.sum"), 1.0),
     "memory_share": (("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",), 0.01),
-    "l2_bytes": (("lts__t_sectors_op_read.sum", "lts__t_sectors_op_write.sum"), 32.0),
+    # Of the multiprocessors' requests: what one half of the cache asks of the other is not among them.
+    "l2_bytes": (("lts__t_sectors_srcunit_tex_op_read.sum", "lts__t_sectors_srcunit_tex_op_write.sum"), 32.0),
     "l2_share": (("lts__throughput.avg.pct_of_peak_sustained_elapsed",), 0.01),
     "l1_share": (("l1tex__throughput.avg.pct_of_peak_sustained_active",), 0.01),
     "matrix_share": (("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",), 0.01),
@@ -45,8 +47,11 @@ _COUNTERS = {
 _TIME = "gpu__time_duration.sum"
 _MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
 _RANGE = re.compile(r"<default domain>:([^:]+):")
+_COMPUTING = re.compile(r"\b(Forward|QueryGradient|KeyGradient)(?:Warp)?\b")
 _STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)(?<!_not_issued)_per_issue_active\.ratio")
 _SHOWN_STALLS = 2
+_SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats")
+_LAST_SECONDS = 8.0  # after an interrupt
 
 
 def parse_options(arguments: list[str] | None = None) -> Namespace:
@@ -71,14 +76,28 @@ def main(arguments: list[str] | None = None) -> int:
     counted = options.json.with_suffix(".csv")
     counted.unlink(missing_ok=True)
     counted.parent.mkdir(parents=True, exist_ok=True)
-    finished = subprocess.run(profiler_command(options.workload, counted), cwd=ROOT)
+    status = _run_to_its_end(profiler_command(options.workload, counted))
     rows = [result_row(one) for one in read_counters(counted)] if counted.exists() else []
     if not rows:
-        return fail("counters", f"{PROFILER} counted nothing (exit status {finished.returncode})", status=1)
+        reasons = " ".join(_errors(counted)) if counted.exists() else "it wrote no file"
+        return fail("counters", f"{PROFILER} counted nothing (exit status {status}): {reasons}", status=1)
     results = {**circumstances(device), "workload": options.workload, "dtype": "float16", "rows": rows}
     write_json(results, options.json)
     table(results).print()
-    return int(finished.returncode != 0)
+    return int(status != 0)
+
+
+def _run_to_its_end(command: list[str]) -> int:
+    """The exit status. An interrupt reaches the command too, which gets time to write down what it has counted."""
+    with subprocess.Popen(command, cwd=ROOT) as running:
+        try:
+            return running.wait()
+        except KeyboardInterrupt:
+            try:
+                return running.wait(_LAST_SECONDS)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                return running.wait()
 
 
 def _gpu() -> torch.device:
@@ -98,10 +117,11 @@ def no_profiler() -> str:
 def profiler_command(workload: str, counted: Path) -> list[str]:
     """Counts in the range of each call alone; caches are flushed before each kernel, clocks stay as they are."""
     metrics = [_TIME, *(name for names, _ in _COUNTERS.values() for name in names)]
+    sections = (word for section in _SECTIONS for word in ("--section", section))
     return [
-        PROFILER, "--set", "full", "--metrics", ",".join(metrics), "--nvtx", "--profile-from-start", "off",
-        "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base",
-        "--log-file", str(counted.absolute()),
+        PROFILER, *sections, "--metrics", ",".join(metrics), "--nvtx", "--profile-from-start", "off",
+        "--target-processes", "application-only", "--clock-control", "none", "--csv", "--page", "raw",
+        "--print-units", "base", "--log-file", str(counted.absolute()),
         sys.executable, "-m", "benchmarks.counted_calls", workload,
     ]  # fmt: skip
 
@@ -116,6 +136,12 @@ def read_counters(path: Path) -> list[dict[str, tuple[str, str]]]:
     return [dict(zip(names, zip(row, units))) for row in rows]
 
 
+def _errors(path: Path) -> list[str]:
+    """What ncu says of why it could not count."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line.removeprefix("==ERROR==").strip() for line in lines if line.startswith("==ERROR==")]
+
+
 def result_row(counters: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """What is shown of a kernel. None stands for what this version of ncu does not count on this GPU."""
     found = {
@@ -127,11 +153,19 @@ def result_row(counters: dict[str, tuple[str, str]]) -> dict[str, Any]:
     time = counters.get(_TIME)
     return {
         "call": next((match[1] for value, _ in counters.values() if (match := _RANGE.search(value))), None),
-        "kernel": re.split(r"[<(]", counters["Kernel Name"][0].removeprefix("void "))[0].strip(),
-        "microseconds": None if time is None else _sum([_number(time)], _MICROSECONDS[time[1]]),
+        "kernel": kernel_name(counters["Kernel Name"][0]),
+        "microseconds": _sum([_number(time)], _MICROSECONDS[time[1]]) if time and time[1] in _MICROSECONDS else None,
         **found,
         "stalls": dict(sorted(stalls.items(), key=lambda stall: stall[1] or 0.0, reverse=True)),
     }
+
+
+def kernel_name(signature: str) -> str:
+    """A function's name without namespaces; the CUDA kernels are one template, named with what computes in it."""
+    signature = signature.removeprefix("void ").replace("<unnamed>::", "").replace("(anonymous namespace)::", "")
+    name, _, arguments = signature.partition("<")
+    computing = _COMPUTING.search(arguments)
+    return name.partition("(")[0].rpartition("::")[2].strip() + (f"<{computing[1]}>" if computing else "")
 
 
 def table(results: dict[str, Any]) -> Table:
@@ -170,10 +204,12 @@ def _sum(values: Sequence[float | None], factor: float) -> float | None:
 
 
 def _number(counter: tuple[str, str] | None) -> float | None:
-    """A counter's value; None where there is none, which ncu writes as n/a."""
-    if counter is None or counter[0] in ("", "n/a", "nan"):
+    """A counter's value; None where there is none, which ncu writes as n/a or (!) n/a."""
+    try:
+        value = float(counter[0].replace(",", "")) if counter else math.nan
+    except ValueError:
         return None
-    return float(counter[0].replace(",", ""))
+    return None if math.isnan(value) else value
 
 
 if __name__ == "__main__":

@@ -176,6 +176,21 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     assert [step.name for step in gpu_suite.make_steps(options, "Some GPU")] == ["tests", "squad"]
 
 
+def test_tuning_goes_on_from_the_table_of_the_gpu(tmp_path, monkeypatch):
+    """Entries that there is no time for stay; a table of an earlier run in the same folder comes first."""
+    table = tmp_path / "some-gpu.json"
+    monkeypatch.setattr(gpu_suite, "TABLES", tmp_path / "package")
+    gpu_suite._begin_table(table)
+    assert not table.exists()
+    gpu_suite.TABLES.mkdir()
+    (gpu_suite.TABLES / table.name).write_text("known")
+    gpu_suite._begin_table(table)
+    assert table.read_text() == "known"
+    table.write_text("tuned since")
+    gpu_suite._begin_table(table)
+    assert table.read_text() == "tuned since"
+
+
 @pytest.mark.parametrize("bad", [["--data", "absent.json"], ["--model", "./absent"]])
 def test_what_the_last_steps_want_is_looked_at_first(bad, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_suite, "_gpu_name", lambda: "Some GPU")
