@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     counted.unlink(missing_ok=True)
     counted.parent.mkdir(parents=True, exist_ok=True)
     status = _run_to_its_end(profiler_command(options.workload, counted))
-    rows = [result_row(one) for one in read_counters(counted)] if counted.exists() else []
+    rows = [result_row(one) for one in read_counters(counted)]
     if not rows:
-        reasons = " ".join(_errors(counted)) if counted.exists() else "it wrote no file"
+        reasons = " ".join(_errors(counted)) or "it does not say why"
         return fail("counters", f"{PROFILER} counted nothing (exit status {status}): {reasons}", status=1)
     results = {**circumstances(device), "workload": options.workload, "dtype": "float16", "rows": rows}
     write_json(results, options.json)
@@ -128,8 +128,7 @@ def profiler_command(workload: str, counted: Path) -> list[str]:
 
 def read_counters(path: Path) -> list[dict[str, tuple[str, str]]]:
     """(value, unit) of each counter, for every kernel of a file that ncu wrote: messages, names, units, and rows."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    table = list(csv.reader(line for line in lines if line.startswith('"')))
+    table = list(csv.reader(line for line in _lines(path) if line.startswith('"')))
     if len(table) < 2:
         return []
     names, units, *rows = table
@@ -138,8 +137,12 @@ def read_counters(path: Path) -> list[dict[str, tuple[str, str]]]:
 
 def _errors(path: Path) -> list[str]:
     """What ncu says of why it could not count."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line.removeprefix("==ERROR==").strip() for line in lines if line.startswith("==ERROR==")]
+    return [line.removeprefix("==ERROR==").strip() for line in _lines(path) if line.startswith("==ERROR==")]
+
+
+def _lines(path: Path) -> list[str]:
+    """What ncu wrote; nothing where it did not get that far."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def result_row(counters: dict[str, tuple[str, str]]) -> dict[str, Any]:

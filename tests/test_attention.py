@@ -383,6 +383,8 @@ def test_what_cannot_be_prepared_is_named(changed, message):
     usual = dict(layout=random_layout(2, 16, 0.5, "cpu"), head_dim=64, dtype=torch.float32, backend="native")
     with pytest.raises(ValueError, match=message):
         prepare(**usual | changed)
+    with pytest.raises(TypeError, match="head_dim is '64', expected a whole number"):
+        prepare(**usual | {"head_dim": "64"})
 
 
 def test_auto_takes_what_a_named_backend_refuses():

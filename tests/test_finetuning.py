@@ -128,6 +128,13 @@ def test_what_cannot_be_trained_is_refused(changes, message):
         finetune_question_answering(tiny_model(), **arguments)
 
 
+@pytest.mark.parametrize("changes", [{"epochs": 1.5}, {"seed": "0"}, {"learning_rate": "1e-4"}, {"dropout": "0.1"}])
+def test_settings_of_the_wrong_kind_are_refused(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(TypeError, match=f"{name} is {value!r}, expected a"):
+        finetune_question_answering(tiny_model(), marked_windows(4), 0, progress=False, **changes)
+
+
 def test_training_that_diverges_says_so():
     settings = {**SETTINGS, "epochs": np.int64(3), "learning_rate": 1e30}
     losses = finetune_question_answering(tiny_model(), marked_windows(32), 0, **settings)

@@ -82,7 +82,7 @@ def test_the_command_runs_the_profiler_and_writes_both_files(tmp_path, counted, 
     assert "native, tile, forward" in capsys.readouterr().out
     profiler.write_text("#!/bin/sh\nexit 3\n")
     assert counters.main(["--json", str(out)]) == 1
-    assert "ncu counted nothing (exit status 3): it wrote no file" in capsys.readouterr().err
+    assert "ncu counted nothing (exit status 3): it does not say why" in capsys.readouterr().err
     refusal = "==ERROR== ERR_NVGPUCTRPERM - no permission"
     where = "import sys; path = sys.argv[sys.argv.index('--log-file') + 1]"
     profiler.write_text(
