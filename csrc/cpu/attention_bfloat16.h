@@ -1,8 +1,11 @@
-// The two products of the forward pass on pairs of bfloat16, summed in float32: AVX512-BF16's dot products take two
-// elements at a time, so both sides lie in pairs. A query row is a lane, as in the float32 kernels.
+// The products of rows of bfloat16, in pairs and summed in float32: AVX512-BF16's dot products take two elements at a
+// time, so both factors lie in pairs. Lanes are rows of the other side, as in the float32 kernels.
 #pragma once
 
 #include <immintrin.h>
+
+#include <algorithm>
+#include <initializer_list>
 
 #include "attention_steps.h"
 
@@ -20,7 +23,7 @@ struct PairWords {
   }
 };
 
-// Two weights, positive or NaN, as a pair of bfloat16 in each lane; halves are rounded up.
+// Two weights as a pair of bfloat16 in each lane; halves are rounded away from zero.
 SPARSE_ATTN_INLINE Floats weight_pair(Floats first, Floats second) {
   const Words low = (reinterpret_cast<Words>(first) + 0x8000) >> 16;
   const Words high = (reinterpret_cast<Words>(second) + 0x8000) & 0xffff0000;
@@ -76,51 +79,62 @@ SPARSE_ATTN_INLINE void store_quarters(void* to, Floats first, Floats second) {
   std::memcpy(to, &in_order, sizeof in_order);
 }
 
-struct BFloat16Products {
+// Whether a call's rows are bfloat16 that fill registers of pairs.
+inline bool rows_are_pairs(const Call& call, std::initializer_list<Matrix> matrices) {
+  return call.element == Element::BFloat16 && call.head_dim % PAIRED_DIMS == 0 &&
+         std::all_of(matrices.begin(), matrices.end(), [](const Matrix& matrix) { return matrix.dim == 1; });
+}
+
+inline bool rows_are_pairs(const Forward& call) {
+  return rows_are_pairs(call, {call.query, call.key, call.value, call.output});
+}
+
+inline bool rows_are_pairs(const Backward& call) {
+  return rows_are_pairs(
+      call, {call.query, call.key, call.value, call.grad_output, call.grad_query, call.grad_key, call.grad_value});
+}
+
+// `FloatSide` for rows in pairs.
+struct BFloat16Side {
   int64_t dims;
-  float *lanes, *weight_pairs, *value_pairs;
   float factor;
-  Head keys, values;
+  Head head;
+  float *lanes, *weight_pairs, *row_pairs;
 
-  static bool fit(const Call& call) {
-    return call.element == Element::BFloat16 && call.head_dim % PAIRED_DIMS == 0 && call.query.dim == 1 &&
-           call.key.dim == 1 && call.value.dim == 1;
-  }
-  BFloat16Products(const Forward& call, const Sequence& sequence, const Task& task, const Workspace& space)
-      : dims(call.head_dim),
-        lanes(space.first_lanes),
-        weight_pairs(space.second_scores),
-        value_pairs(space.second_rows),
-        factor(call.scale * LOG2_E),
-        keys(head_of(call, call.key, sequence, task.head)),
-        values(head_of(call, call.value, sequence, task.head)) {
+  BFloat16Side(const Call& call, const Head& head, int64_t, int64_t, float factor, const SideMemory& memory)
+      : dims(head.head_dim),
+        factor(factor),
+        head(head),
+        lanes(memory.lanes),
+        weight_pairs(memory.rows),
+        row_pairs(memory.rows + Workspace::length(call) / 2 * LANES) {
   }
 
-  void load_queries(const Head& query, int64_t first_row, uint32_t alive) const {
-    load_pair_lanes(query, first_row, alive, lanes);
+  void set_lanes(const Head& other, int64_t first_row, uint32_t alive) const {
+    load_pair_lanes(other, first_row, alive, lanes);
   }
 
   template <class Visit>
-  SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
-    const Rows rows{keys.data, 2 * keys.row_stride};
+  SPARSE_ATTN_INLINE_MEMBER void lane_products(const Entries& list, Visit visit) const {
+    const Rows rows{head.data, 2 * head.row_stride};
     products<PairWords>(lanes, dims / 2, rows, list, [&](int64_t entry, Floats sum) __attribute__((always_inline)) {
       visit(entry, sum * factor);
     });
   }
 
-  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
+  SPARSE_ATTN_INLINE_MEMBER void weighted_sums(
+      const float* weights, const Entries& list, const OutputRows& outputs) const {
     const int64_t pairs = (list.count + 1) / 2;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const int64_t first = 2 * pair, second = std::min(first + 1, list.count - 1);
       const Floats second_weight = second > first ? load(weights + second * LANES) : splat(0.0f);
       store(weight_pairs + pair * LANES, weight_pair(load(weights + first * LANES), second_weight));
       for (int64_t dim = 0; dim < dims; dim += PAIRED_DIMS) {
-        interleave(
-            values.at(list.rows[first], dim), values.at(list.rows[second], dim), value_pairs + pair * dims + dim);
+        interleave(head.at(list.rows[first], dim), head.at(list.rows[second], dim), row_pairs + pair * dims + dim);
       }
     }
-    const auto pair_row = [&](int64_t pair) __attribute__((always_inline)) { return value_pairs + pair * dims; };
-    weighted_rows<PairWords>(weight_pairs, pairs, dims, pair_row, rows);
+    const auto pair_row = [&](int64_t pair) __attribute__((always_inline)) { return row_pairs + pair * dims; };
+    weighted_rows<PairWords>(weight_pairs, pairs, dims, pair_row, outputs);
   }
 };
 

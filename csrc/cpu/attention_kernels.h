@@ -3,7 +3,7 @@
 // nothing: its elements are broadcast. Compiled once for each instruction set.
 #pragma once
 
-#include "attention_steps.h"
+#include "attention_floats.h"
 #if defined(SPARSE_ATTN_TILE_PRODUCTS)
 #include "attention_tiles.h"
 #elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
@@ -11,6 +11,17 @@
 #endif
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
+
+#if defined(SPARSE_ATTN_TILE_PRODUCTS)
+using PairSide = TileSide;
+#elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
+using PairSide = BFloat16Side;
+#else
+using PairSide = FloatSide;
+constexpr bool rows_are_pairs(const Call&) {
+  return false;
+}
+#endif
 
 // Where a part of a group begins: with lane 0 in row `shift` of the group.
 constexpr int shift_of(int64_t part) {
@@ -99,39 +110,16 @@ SPARSE_ATTN_INLINE void prefetch_around(
   }
 }
 
-// The two products of the forward pass in float32.
-struct FloatProducts {
-  int64_t dims;
-  float* lanes;
-  float factor;
-  Rows keys, values;
-
-  FloatProducts(const Forward& call, const Sequence& sequence, const Task& task, const Workspace& space)
-      : dims(padded_dim(call.head_dim)), lanes(space.first_lanes), factor(call.scale * LOG2_E) {
-    const int64_t count = sequence.keys_end, uses = uses_of(call.lists, task, count);
-    keys = float_rows_of(head_of(call, call.key, sequence, task.head), count, uses, space.first_rows);
-    values = float_rows_of(head_of(call, call.value, sequence, task.head), count, uses, space.second_rows);
-  }
-
-  void load_queries(const Head& query, int64_t first_row, uint32_t alive) const {
-    load_lanes(query, first_row, alive, factor, lanes);
-  }
-  template <class Visit>
-  SPARSE_ATTN_INLINE_MEMBER void scores(const Entries& list, Visit visit) const {
-    products(lanes, dims, keys, list, visit);
-  }
-  SPARSE_ATTN_INLINE_MEMBER void outputs(const float* weights, const Entries& list, const OutputRows& rows) const {
-    weighted_entries(weights, list, dims, values, rows);
-  }
-};
-
-template <class Products>
+template <class Side>
 inline void forward_with(const Forward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
   const Head query = head_of(call, call.query, sequence, task.head);
   const Head output = head_of(call, call.output, sequence, task.head);
-  const Products products(call, sequence, task, space);
+  const int64_t key_count = sequence.keys_end, uses = uses_of(call.lists, task, key_count);
+  const Side keys(
+      call, head_of(call, call.key, sequence, task.head), key_count, uses, call.scale * LOG2_E, space.first);
+  const Side values(call, head_of(call, call.value, sequence, task.head), key_count, uses, 1.0f, space.second);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const bool rounds = call.rounding.count > 0;
   const RoundToLevels round_to_levels(call.rounding);
@@ -145,13 +133,13 @@ inline void forward_with(const Forward& call, const Task& task, float* memory) {
     Entries list{nullptr, nullptr, 0};
     if (alive) {
       list = keys_of_part(call, call.lists, task, part, sequence.keys_end, space);
-      products.load_queries(query, first_row, alive);
+      keys.set_lanes(query, first_row, alive);
     }
     prefetch_list(call.lists, task.head, part / PARTS + 1);
     prefetch_around(first_row, {&query}, sequence.rows_end, {&output}, sequence.rows_stored);
 
     Floats highest = minus_infinity;
-    products.scores(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+    keys.lane_products(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
       score = kept_or(list, entry, score, -std::numeric_limits<float>::infinity());
       highest = maximum(score, highest);
       store(scores + entry * LANES, score);
@@ -194,36 +182,22 @@ inline void forward_with(const Forward& call, const Task& task, float* memory) {
       }
     }
     normaliser = select(alive, normaliser, splat(0.0f));  // padding rows yield zeros
-    products.outputs(scores, list, {output, first_row, stored, normaliser});
+    values.weighted_sums(scores, list, {output, first_row, stored, normaliser});
   }
-}
-
-inline void forward(const Forward& call, const Task& task, float* memory) {
-#if defined(SPARSE_ATTN_TILE_PRODUCTS)
-  using PairProducts = TileProducts;
-#elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
-  using PairProducts = BFloat16Products;
-#endif
-#if defined(SPARSE_ATTN_TILE_PRODUCTS) || defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
-  if (PairProducts::fit(call)) {
-    forward_with<PairProducts>(call, task, memory);
-    return;
-  }
-#endif
-  forward_with<FloatProducts>(call, task, memory);
 }
 
 // dq of a group of queries, and delta = rowsum(p * dp) of its rows for `backward_key_value`.
-inline void backward_query(const Backward& call, const Task& task, float* memory) {
+template <class Side>
+inline void backward_query_with(const Backward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
   const Head query = head_of(call, call.query, sequence, task.head);
   const Head grad_output = head_of(call, call.grad_output, sequence, task.head);
   const Head grad_query = head_of(call, call.grad_query, sequence, task.head);
-  const int64_t dims = padded_dim(call.head_dim);
   const int64_t key_count = sequence.keys_end, uses = uses_of(call.lists, task, key_count);
-  const Rows keys = float_rows_of(head_of(call, call.key, sequence, task.head), key_count, uses, space.first_rows);
-  const Rows values = float_rows_of(head_of(call, call.value, sequence, task.head), key_count, uses, space.second_rows);
+  const Side keys(
+      call, head_of(call, call.key, sequence, task.head), key_count, uses, call.scale * LOG2_E, space.first);
+  const Side values(call, head_of(call, call.value, sequence, task.head), key_count, uses, 1.0f, space.second);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
   float *probabilities = space.first_scores, *grad_probabilities = space.second_scores;
@@ -236,8 +210,8 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
     Floats lse2 = splat(0.0f);
     if (alive) {
       list = keys_of_part(call, call.lists, task, part, sequence.keys_end, space);
-      load_lanes(query, first_row, alive, call.scale * LOG2_E, space.first_lanes);
-      load_lanes(grad_output, first_row, alive, 1.0f, space.second_lanes);
+      keys.set_lanes(query, first_row, alive);
+      values.set_lanes(grad_output, first_row, alive);
       for (int lane = 0; lane < LANES; ++lane) {
         const float lse = alive >> lane & 1 ? call.lse[row_start + first_row + lane] : 0.0f;
         lse2[lane] = std::isinf(lse) ? 0.0f : lse * LOG2_E;
@@ -245,13 +219,13 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
     }
     prefetch_list(call.lists, task.head, part / PARTS + 1);
     prefetch_around(first_row, {&query, &grad_output}, sequence.rows_end, {&grad_query}, sequence.rows_stored);
-    products(space.first_lanes, dims, keys, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+    keys.lane_products(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
       store(probabilities + entry * LANES, kept_or(list, entry, exp2_of(score - lse2), 0.0f));
     });
     const Words words =
         row_words(call.dropout, counting_from(0) * numbers.step + (numbers.first + numbers.step * uint32_t(first_row)));
     Floats delta = splat(0.0f);
-    products(space.second_lanes, dims, values, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+    values.lane_products(list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
       if (call.dropout.threshold > 0) {
         dp *= dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
       }
@@ -267,23 +241,23 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
         call.delta[row_start + first_row + lane] = delta[lane];
       }
     }
-    weighted_entries(probabilities, list, dims, keys, {grad_query, first_row, stored, splat(call.scale)});
+    keys.weighted_sums(probabilities, list, {grad_query, first_row, stored, splat(call.scale)});
   }
 }
 
 // dk and dv of a group of keys: lanes are keys, entries are queries.
-inline void backward_key_value(const Backward& call, const Task& task, float* memory) {
+template <class Side>
+inline void backward_key_value_with(const Backward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
   const Head key = head_of(call, call.key, sequence, task.head);
   const Head value = head_of(call, call.value, sequence, task.head);
   const Head grad_key = head_of(call, call.grad_key, sequence, task.head);
   const Head grad_value = head_of(call, call.grad_value, sequence, task.head);
-  const int64_t dims = padded_dim(call.head_dim);
   const int64_t row_count = sequence.rows_end, uses = uses_of(call.transposed, task, row_count + call.query_offset);
-  const Rows queries = float_rows_of(head_of(call, call.query, sequence, task.head), row_count, uses, space.first_rows);
-  const Rows grads =
-      float_rows_of(head_of(call, call.grad_output, sequence, task.head), row_count, uses, space.second_rows);
+  const Side queries(
+      call, head_of(call, call.query, sequence, task.head), row_count, uses, call.scale * LOG2_E, space.first);
+  const Side grads(call, head_of(call, call.grad_output, sequence, task.head), row_count, uses, 1.0f, space.second);
   const RowNumbers numbers(call, sequence, task.batch, task.head);
   const RoundToLevels round_to_levels(call.rounding);
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
@@ -302,12 +276,12 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
     Entries list{nullptr, nullptr, 0};
     if (alive) {
       list = queries_of_part(call, call.transposed, task, part, alive, sequence.rows_end, space);
-      load_lanes(key, first_key, alive, call.scale * LOG2_E, space.first_lanes);
-      load_lanes(value, first_key, alive, 1.0f, space.second_lanes);
+      queries.set_lanes(key, first_key, alive);
+      grads.set_lanes(value, first_key, alive);
     }
     prefetch_list(call.transposed, task.head, part / PARTS + 1);
     prefetch_around(first_key, {&key, &value}, sequence.keys_end, {&grad_key, &grad_value}, sequence.keys_stored);
-    products(space.first_lanes, dims, queries, list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
+    queries.lane_products(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
       const float lse = call.lse[row_start + list.rows[entry]];
       const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse * LOG2_E);
       const Floats p = exp2_of(log2_p);
@@ -317,7 +291,7 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
         store(used + entry * LANES, kept_or(list, entry, round_to_levels(log2_p) + p * 0.0f, 0.0f));
       }
     });
-    products(space.second_lanes, dims, grads, list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
+    grads.lane_products(list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
       const int64_t row = list.rows[entry];
       const Floats p = load(grad_scores + entry * LANES);
       Floats weight = call.rounding.count > 0 ? load(used + entry * LANES) : p;
@@ -330,9 +304,21 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       store(used + entry * LANES, weight);
       store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
     });
-    weighted_entries(used, list, dims, grads, {grad_value, first_key, stored, splat(1.0f)});
-    weighted_entries(grad_scores, list, dims, queries, {grad_key, first_key, stored, splat(call.scale)});
+    grads.weighted_sums(used, list, {grad_value, first_key, stored, splat(1.0f)});
+    queries.weighted_sums(grad_scores, list, {grad_key, first_key, stored, splat(call.scale)});
   }
+}
+
+inline void forward(const Forward& call, const Task& task, float* memory) {
+  (rows_are_pairs(call) ? forward_with<PairSide> : forward_with<FloatSide>)(call, task, memory);
+}
+
+inline void backward_query(const Backward& call, const Task& task, float* memory) {
+  (rows_are_pairs(call) ? backward_query_with<PairSide> : backward_query_with<FloatSide>)(call, task, memory);
+}
+
+inline void backward_key_value(const Backward& call, const Task& task, float* memory) {
+  (rows_are_pairs(call) ? backward_key_value_with<PairSide> : backward_key_value_with<FloatSide>)(call, task, memory);
 }
 
 }  // namespace sparse_attn::SPARSE_ATTN_ISA

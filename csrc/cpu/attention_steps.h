@@ -121,13 +121,6 @@ SPARSE_ATTN_INLINE void weighted_rows(
   }
 }
 
-// The entries' rows of floats, summed likewise.
-SPARSE_ATTN_INLINE void weighted_entries(
-    const float* weights, const Entries& list, int64_t dims, Rows rows, const OutputRows& outputs) {
-  const auto row_of = [&](int64_t entry) __attribute__((always_inline)) { return rows.at(list.rows[entry]); };
-  weighted_rows(weights, list.count, dims, row_of, outputs);
-}
-
 // sparse_attn.dropout.mix32.
 SPARSE_ATTN_INLINE Words mix32(Words word) {
   word = (word ^ (word >> 16)) * 0x7FEB352D;
@@ -205,11 +198,16 @@ class RoundToLevels {
   Floats table_;
 };
 
+// What the rows of one side need: those that lists name, and those that are lanes.
+struct SideMemory {
+  float* lanes;  // [dims][LANES]
+  float* rows;   // [length][dims]
+};
+
 // A thread's memory for one head at a time, all of it in floats.
 struct Workspace {
-  float *first_lanes, *second_lanes;    // [dims][LANES]
+  SideMemory first, second;
   float *first_scores, *second_scores;  // [entries][LANES]
-  float *first_rows, *second_rows;      // [length][dims], copies of rows: see `float_rows_of`
   int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
 
   // Beyond the longest side, and a multiple of what the tile products take at a time.
@@ -226,9 +224,9 @@ struct Workspace {
       return start;
     };
     const int64_t dims = padded_dim(call.head_dim), entries = length(call);
-    first_lanes = take(dims * LANES), second_lanes = take(dims * LANES);
+    first.lanes = take(dims * LANES), second.lanes = take(dims * LANES);
     first_scores = take(entries * LANES), second_scores = take(entries * LANES);
-    first_rows = take(entries * dims), second_rows = take(entries * dims);
+    first.rows = take(entries * dims), second.rows = take(entries * dims);
     rows = reinterpret_cast<int32_t*>(take(entries)), kept = reinterpret_cast<int32_t*>(take(entries));
   }
 };
