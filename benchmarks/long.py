@@ -3,8 +3,8 @@
 The model has BERT-base's shape with 4,096 positions and random weights, the masks keep 10 % of the positions: a band,
 global tokens and stripes of keys. Attention is about half of the dense arithmetic at that length. Times are taken in
 turns in one process, peak memory after that: in the same process on a GPU, in one for each variant on a CPU. Writes
-JSON when the times are there and again after every figure of memory, and prints a table, also where the file cannot be
-written.
+JSON when the times are there and again after every figure of memory, and prints a table, also after an interrupt, and
+where the file cannot be written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def parse_options(arguments: list[str] | None = None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 2 for input of no use, 1 where a variant failed or the file could not be written."""
+    """Returns the exit status: 2 for input of no use, 1 where a variant failed or the file could not be written, 130
+    after an interrupt."""
     options = parse_options(arguments)
     try:
         device = pick_device(options.device)
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail("long", error, status=2)
     variants = [one for one in known if one.name in wanted]
-    rows, failures = measure(document, variants, options.seconds)
+    rows, failures, interrupted = measure(document, variants, options.seconds)
     results: dict[str, Any] = {
         **circumstances(device),
         "document": {name: value for name, value in vars(document).items() if name != "device_type"},
@@ -62,17 +63,21 @@ def main(arguments: list[str] | None = None) -> int:
     }
     try:
         write_json(results, options.json)
-        for variant, row in rows.items():
+        for variant, row in {} if interrupted else rows.items():
             try:
                 row["peak_memory_bytes"] = _memory(document, variant)
             except RuntimeError as error:  # no memory left, or a process that was killed
                 failures.append(_failure(variant, error, "peak memory: "))
             write_json(results, options.json)
+    except KeyboardInterrupt:
+        interrupted = True
     except OSError as error:
         table(results).print()
         return fail("long", error, status=1)
     table(results).print()
     print(options.json)
+    if interrupted:
+        return fail("long", "interrupted; what is missing was not measured", status=130)
     return int(bool(failures))
 
 
@@ -94,22 +99,27 @@ def _document(options: Namespace, device: torch.device) -> Document:
 
 def measure(
     document: Document, variants: list[Variant], seconds: float
-) -> tuple[dict[Variant, dict[str, Any]], list[dict[str, str]]]:
-    """Rows in the order of `variants`, still without peak memory, and what failed."""
+) -> tuple[dict[Variant, dict[str, Any]], list[dict[str, str]], bool]:
+    """Rows in the order of `variants`, still without peak memory; what failed; and whether an interrupt ended it."""
     device = torch.device(document.device_type)
-    inputs, timer, calls, failures = inputs_of(document), make_timer(device), {}, []
-    for variant in variants:
-        try:
-            check(document, variant)
-            forward = make(document, variant)
-            calls[variant] = timer.prepare(lambda forward=forward: forward(inputs), seconds)
-        except Exception as error:  # also of compilers, which have their own kinds
-            failures.append(_failure(variant, error))
-    time_in_turns(timer, list(calls.values()), [seconds] * len(calls))
+    inputs, timer, calls, failures, interrupted = inputs_of(document), make_timer(device), {}, [], False
+    try:
+        for variant in variants:
+            try:
+                check(document, variant)
+                forward = make(document, variant)
+                calls[variant] = timer.prepare(lambda forward=forward: forward(inputs), seconds)
+            except Exception as error:  # also of compilers, which have their own kinds
+                failures.append(_failure(variant, error))
+        time_in_turns(timer, list(calls.values()), [seconds] * len(calls))
+    except KeyboardInterrupt:
+        interrupted = True
     rows = {}
     for variant, timed in calls.items():
         if timed.failure is not None:
             failures.append(_failure(variant, timed.failure))
+            continue
+        if interrupted and len(timed.milliseconds) < 2:
             continue
         p20, p50, p80 = (milliseconds / 1e3 for milliseconds in percentiles(timed.milliseconds))
         rows[variant] = {
@@ -117,7 +127,7 @@ def measure(
             "p20_s": p20, "p50_s": p50, "p80_s": p80, "tokens_per_second": document.batch * document.length / p50,
             "peak_memory_bytes": None,
         }  # fmt: skip
-    return rows, failures
+    return rows, failures, interrupted
 
 
 def _memory(document: Document, variant: Variant) -> int:

@@ -9,6 +9,7 @@ import torch
 from benchmarks import long, long_variants
 from benchmarks.long_variants import Document, Variant, check, variants_on
 from benchmarks.pages import ABSENT
+from benchmarks.timing import HostTimer
 from benchmarks.verdicts import Wrong
 from tests.helpers import CUDA
 
@@ -63,6 +64,25 @@ def test_a_file_that_cannot_be_written_costs_no_table(tmp_path, capsys, monkeypa
     assert "1.00x" in printed.out and "benchmarks.long: error: [Errno 28]" in printed.err
 
 
+def test_an_interrupt_costs_what_was_not_yet_measured(tmp_path, capsys, monkeypatch):
+    out, rounds = tmp_path / "long.json", []
+    repeat = HostTimer.repeat
+
+    def interrupted_in_the_third(timer, timed):
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+        rounds.append(len(timed))
+        repeat(timer, timed)
+
+    monkeypatch.setattr(HostTimer, "repeat", interrupted_in_the_third)
+    small = ["--length", "64", "--layers", "1", "--density", "0.9", "--seconds", "0.01", "--variants", "sdpa,eager"]
+    assert long.main([*small, "--device", "cpu", "--json", str(out)]) == 130
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["variant"], row["peak_memory_bytes"]) for row in rows] == [("eager", None), ("sdpa", None)]
+    printed = capsys.readouterr()
+    assert "1.00x" in printed.out and "interrupted" in printed.err
+
+
 def test_memory_on_a_cpu_is_that_of_a_process_of_its_own():
     document = Document(1, 64, 1, 0.5, "float32", "cpu")
     assert 10**8 < long._memory(document, Variant("sdpa", "sdpa")) < 10**10
@@ -93,7 +113,7 @@ def test_wrong_variants_are_not_timed(monkeypatch):
     monkeypatch.setattr(long_variants, "make", lambda *arguments: lambda inputs: 1.01 * make(*arguments)(inputs))
     with pytest.raises(Wrong, match="off by 1.0e-02 of its size"):
         check(document, Variant("sparse", "sdpa", "element"))
-    rows, failures = long.measure(document, [Variant("sdpa", "sdpa")], 0.01)
+    rows, failures, _ = long.measure(document, [Variant("sdpa", "sdpa")], 0.01)
     assert rows == {} and failures[0]["variant"] == "sdpa, dense"
 
 
