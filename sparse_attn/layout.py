@@ -22,7 +22,7 @@ BITS_PER_WORD = 32
 STOP_KEYS = 32  # keys between two entries of ColumnLists.stops
 _POSITIONS_AT_ONCE = 2**22  # whose bits are packed together, each in 8 bytes
 _WEIGHT_CLASSES = 8  # lists whose lengths differ by less than an eighth of the longest keep their order
-_for_training_too = torch.inference_mode(False)  # what a layout keeps, autograd may save later
+for_training_too = torch.inference_mode(False)  # what a layout keeps, autograd may save later
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class SparseLayout:
     def __deepcopy__(self, memo: dict) -> SparseLayout:
         return self  # read-only: copies of a patched model share it
 
-    @_for_training_too
+    @for_training_too
     def lists(self, rows: int = 16, transposed: bool = False, split: bool = False) -> ColumnLists:
         """The column lists for groups of `rows` queries (16, 32, 64 or 128).
 
@@ -123,7 +123,7 @@ class SparseLayout:
             self._lists[form] = self._compiled(*form).to(self.device)
         return self._lists[form]
 
-    @_for_training_too
+    @for_training_too
     def step_lists(self, rows: int = 16, transposed: bool = False, split: bool = False) -> StepLists:
         """The same lists as the Triton kernels take them; the others are not kept for that."""
         form = rows, transposed, split
@@ -140,7 +140,7 @@ class SparseLayout:
         shape = (self.key_len, self.query_len) if transposed else (self.query_len, self.key_len)
         return _compile(self._heads(transposed), shape, rows, split)
 
-    @_for_training_too
+    @for_training_too
     def keep(self) -> torch.Tensor:
         """The mask itself: bool [heads, query_len, key_len], true = kept; made anew at every call."""
         keep = self._source.unpack() if isinstance(self._source, PackedMask) else self._source
@@ -157,7 +157,7 @@ class SparseLayout:
             keep = keep.to(self.device) if self.device.type == "cuda" else keep
             yield keep.T if transposed else keep
 
-    @_for_training_too
+    @for_training_too
     def bias(self) -> torch.Tensor:
         """The mask as a term for scores: float32 [heads, query_len, key_len], 0 where kept and -inf where pruned."""
         if self._bias is None:
@@ -182,7 +182,7 @@ class SparseLayout:
         keys) to 4 (they keep different ones)."""
         return self.work(64) / self.work(16) if self.work(16) else 1.0
 
-    @_for_training_too
+    @for_training_too
     def to(self, device: torch.device | str) -> SparseLayout:
         """The same layout on another device. Lists move along; the dense forms are made there when asked for.
 

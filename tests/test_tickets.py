@@ -39,3 +39,11 @@ def test_where_all_are_taken_the_kernel_does_without(counters):
     assert ticket_of(own, 10) == NONE and ticket_of(own, 9) == 1
     state["capturing"] = True
     assert ticket_of(own, 9) == NONE
+
+
+def test_counters_where_others_lay_are_new(counters, monkeypatch):
+    gone, state = counters
+    state["capturing"] = True
+    assert [ticket_of(gone, 1) for _ in range(COUNT + 1)][-1] == NONE
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, **kind: gone)  # an allocator that takes the same place again
+    assert ticket_of(new_tickets(gone.device), 1) == COUNT - 1

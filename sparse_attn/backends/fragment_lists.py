@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout import SparseLayout
+from ..layout import SparseLayout, for_training_too
 from .tickets import new_tickets
 
 GROUP_ROWS = 16
@@ -61,6 +61,7 @@ class FragmentLists:
         return [self.words, self.first_steps, self.counts, self.order, self.places, self.tickets]
 
 
+@for_training_too
 def fragment_lists(layout: SparseLayout, row_bytes: int, transposed: bool = False) -> FragmentLists:
     """Compiles the first 512 queries and keys of a layout, for rows of 64 or 128 bytes.
 

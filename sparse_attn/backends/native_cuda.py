@@ -185,7 +185,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = map(_aligned, (call.query, call.key, call.value))
     if not _rows_are_aligned(grad_output) or _row_bytes(grad_output, call.packed) >= _MAX_ROW_STRIDE:
-        grad_output = grad_output.contiguous()
+        grad_output = grad_output.clone(memory_format=torch.contiguous_format)  # dimensions of size 1 included
     grad_output = _aligned(grad_output)
     gradients = empty_gradients(call)
     statistics = lse.new_empty((*lse.shape, 2))  # what the second kernel wants to know of queries

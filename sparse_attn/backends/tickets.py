@@ -18,7 +18,11 @@ _captured: dict[int, int] = {}  # how many belong to captured calls
 
 def new_tickets(device: torch.device) -> Tensor:
     """int32 [COUNT], all 0."""
-    return torch.zeros(COUNT, dtype=torch.int32, device=device)
+    tickets = torch.zeros(COUNT, dtype=torch.int32, device=device)
+    with _lock:  # what lay there before is gone
+        _numbers.pop(tickets.data_ptr(), None)
+        _captured.pop(tickets.data_ptr(), None)
+    return tickets
 
 
 def ticket_of(tickets: Tensor, stream: int) -> int:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks.error_budget import gradient_budget
 from sparse_attn import SparseLayout, sparse_attention
+from sparse_attn.attention import prepare
 from sparse_attn.backends import native_cuda
 from sparse_attn.backends.tickets import NONE
 from sparse_attn.kernels.configuration import BlockConfig
@@ -73,6 +74,19 @@ def test_packed(device):
         check(layout, parts[:3], parts[3])
         for own, true in zip(ours, alone, strict=True):
             assert torch.equal(own[start : start + length].transpose(0, 1).unsqueeze(0), true)
+
+
+def test_one_query_whose_gradient_has_odd_strides(device):
+    """torch calls it contiguous, since a dimension of size 1 may have any stride."""
+    grad_output = torch.randn(128).to(device).half().as_strided((1, 2, 1, 32), (64, 32, 5, 1))
+    check(random_layout(2, 1, 0.0, device), random_inputs((1, 2, 1, 32), torch.float16, device), grad_output)
+
+
+def test_what_is_prepared_in_inference_mode_serves_training(device):
+    with torch.inference_mode():
+        layout = random_layout(2, 40, 0.3, device)
+        prepare(layout, 32, torch.float16, "native")
+    check(layout, random_inputs((1, 2, 40, 32), torch.float16, device))
 
 
 def test_rows_and_columns_without_anything(device):
