@@ -16,7 +16,7 @@ from .integrations.transformers import is_patched, patch_bert, patch_model, patc
 from .layout import SparseLayout
 from .masks import GlobalMask
 from .published import load_published_averages
-from .quantization import QuantizationTable, log_table, quantize
+from .quantization import QuantizationTable, load_tables, log_table, quantize, save_tables
 from .version import __version__
 
 __all__ = [
@@ -33,12 +33,14 @@ __all__ = [
     "finetune_question_answering",
     "is_patched",
     "load_published_averages",
+    "load_tables",
     "log_table",
     "patch_bert",
     "patch_model",
     "patched",
     "quantize",
     "renormalised_table",
+    "save_tables",
     "sparse_attention",
     "text_windows",
     "unpatch",

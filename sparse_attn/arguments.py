@@ -27,6 +27,13 @@ def expect_whole(least: int | None = 1, or_none: bool = False, **numbers: object
         raise ValueError(message) if whole else TypeError(message)
 
 
+def expect_kind(kinds: type | tuple[type, ...], expected: str, **values: object) -> None:
+    """Raises TypeError for a value of none of these kinds; `expected` says what it should be, and where from."""
+    for name, value in values.items():
+        if not isinstance(value, kinds):
+            raise TypeError(f"{name} is {type(value).__name__}, expected {expected}")
+
+
 def expect_numbers(or_none: bool = False, **numbers: object) -> None:
     """Raises TypeError for what is no number."""
     for name, value in numbers.items():

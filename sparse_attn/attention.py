@@ -37,7 +37,7 @@ def sparse_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention that computes only what a global mask keeps, and rounds probabilities on the way.
+    """Attention over the positions that a global mask keeps, with probabilities rounded on the way if asked for.
 
     Position (i, j) is kept if mask[head, i + query_offset, j], key j is not padding (and not after the query, if
     causal). The softmax goes over kept keys; a row without any yields zeros and lse -inf.
@@ -203,6 +203,11 @@ def _checked_call(
     expect_whole(0, query_offset=query_offset)
     expect_whole(None, or_none=True, max_length=max_length)  # a traced one's value may be unknown
     expect_numbers(or_none=True, scale=scale)
+    if isinstance(scale, Tensor) and (scale.requires_grad or scale.numel() != 1):
+        raise ValueError(
+            f"scale is a tensor {tuple(scale.shape)} with requires_grad={scale.requires_grad}; expected one number, a "
+            "constant: multiply the query by what is learned, or differs between heads, and pass scale=1.0"
+        )
     expect_shares(dropout=dropout)
     check_call(query, key, value, layout, cu_seqlens, query_offset)
     if cu_seqlens is not None:
@@ -210,6 +215,8 @@ def _checked_call(
             raise ValueError("cu_seqlens describes sequences without padding; leave lengths and padding masks out")
         max_length = packed_length(cu_seqlens, max_length, query.shape[0])
         check_packed_length(max_length, query_offset, layout)
+    elif max_length is not None:
+        raise ValueError(f"max_length is {max_length}, but nothing is packed; pass cu_seqlens, or leave max_length out")
     batch = query.shape[0]
     return AttentionCall(
         query=query,
@@ -233,7 +240,7 @@ def _checked_call(
 
 
 def _check_backend(backend: str) -> None:
-    if backend != "auto" and backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}, expected 'auto' or one of {sorted(BACKENDS)}")
 
 

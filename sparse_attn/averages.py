@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from .arguments import expect_kind, expect_whole
 from .files import load_tensors, save_tensors
 
 _KIND = "attention averages"
+_A_TENSOR = "a tensor (torch.as_tensor makes one)"
 
 
 @dataclass(eq=False, repr=False)
@@ -29,8 +31,8 @@ class AttentionAverages:
         tokens: how many real tokens they had.
         metadata: what else is known, saved with the file as JSON: model, data, source.
 
-    Raises TypeError for what is no tensor; ValueError for shapes that do not fit together, for values that are not
-    finite or below zero, and for sums of pairs that were never seen.
+    Raises TypeError for what is no tensor or of complex numbers; ValueError for shapes that do not fit together, for
+    values that are not finite or below zero, for counts with fractions, and for sums of pairs that were never seen.
     """
 
     sums: torch.Tensor
@@ -40,20 +42,23 @@ class AttentionAverages:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        _expect_tensors(sums=self.sums, counts=self.counts)
+        expect_kind(torch.Tensor, _A_TENSOR, sums=self.sums, counts=self.counts)
+        expect_whole(0, sequences=self.sequences, tokens=self.tokens)
+        if self.sums.is_complex() or self.counts.is_complex():
+            raise TypeError(f"averages of {self.sums.dtype} and counts of {self.counts.dtype}, expected real numbers")
         if self.sums.ndim != 4 or self.sums.shape[2:] != self.counts.shape:
             raise ValueError(
                 f"averages: sums of shape {tuple(self.sums.shape)} and counts of shape {tuple(self.counts.shape)}; "
                 "expected [layers, heads, query_len, key_len] and [query_len, key_len]"
             )
+        if not bool((self.counts.double().frac() == 0).all()):  # of what is not finite it is NaN
+            raise ValueError("counts hold what is no whole number; expected how often each pair of positions was seen")
         if not bool(torch.isfinite(self.sums).all()):
             layer, head, query, key = (~torch.isfinite(self.sums)).nonzero()[0].tolist()
             raise ValueError(
                 f"averages hold {self.sums[layer, head, query, key].item()} at layer {layer}, head {head}, "
                 f"query {query}, key {key}; expected finite probabilities. Does the model overflow in this dtype?"
             )
-        if not bool(torch.isfinite(self.counts).all()):
-            raise ValueError("averages hold counts that are not finite; expected how often each pair was seen")
         self.sums, self.counts = self.sums.to(torch.float64), self.counts.to(torch.int64)
         if bool((self.sums < 0).any()) or bool((self.counts < 0).any()):
             raise ValueError("averages hold negative values; expected post-softmax probabilities and counts")
@@ -67,7 +72,7 @@ class AttentionAverages:
         Without `counts` (int [query_len, key_len]) every pair with a non-zero entry counts as seen once. Where a
         count is 0, `mean` does not matter.
         """
-        _expect_tensors(mean=mean, **({} if counts is None else {"counts": counts}))
+        expect_kind(torch.Tensor, _A_TENSOR, mean=mean, **({} if counts is None else {"counts": counts}))
         if mean.ndim != 4:
             raise ValueError(f"mean has shape {tuple(mean.shape)}, expected [layers, heads, query_len, key_len]")
         if counts is None:
@@ -119,6 +124,7 @@ class AttentionAverages:
 
     def merge(self, other: AttentionAverages) -> AttentionAverages:
         """The averages over both data sets. Lengths may differ; layers and heads may not (ValueError)."""
+        expect_kind(AttentionAverages, "AttentionAverages, from collect_averages", other=other)
         if (self.layers, self.heads) != (other.layers, other.heads):
             raise ValueError(
                 f"cannot merge averages of {self.layers} layers x {self.heads} heads with {other.layers} layers x "
@@ -152,9 +158,3 @@ def pad_corner(tensor: torch.Tensor, query_len: int, key_len: int) -> torch.Tens
     padded = tensor.new_zeros(*tensor.shape[:-2], query_len, key_len)
     padded[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
     return padded
-
-
-def _expect_tensors(**tensors: object) -> None:
-    for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} is {type(value).__name__}, expected a tensor (torch.as_tensor makes one)")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
+from .arguments import expect_kind
 from .quantization import QuantizationTable, level_numbers, log_table, quantize
 
 BINS_PER_OCTAVE = 128
@@ -36,8 +37,9 @@ class ProbabilityHistogram:
     def add(self, probabilities: torch.Tensor) -> None:
         """Counts probabilities after the softmax and before rounding: any shape, floating point, on any device.
 
-        Raises ValueError for values outside [0, 1].
+        Raises ValueError for values outside [0, 1], TypeError for what is no tensor.
         """
+        expect_kind(torch.Tensor, "a tensor", probabilities=probabilities)
         values = probabilities.detach().float().flatten()
         if not bool(((values >= 0) & (values <= 1 + 1e-4)).all()):
             raise ValueError("expected probabilities after the softmax, from 0 to 1; some are outside or not finite")
@@ -47,6 +49,9 @@ class ProbabilityHistogram:
         # Anew, not in place: one that was made in inference mode may go on outside.
         self.counts = self.counts + torch.bincount(place, minlength=len(self.counts)).cpu()
         self.sums = self.sums + torch.bincount(place, values.double(), minlength=len(self.counts)).cpu()
+
+    def __repr__(self) -> str:
+        return f"ProbabilityHistogram(probabilities={int(self.counts.sum())}, rows={self.rows:.0f})"
 
     @property
     def rows(self) -> float:
@@ -129,8 +134,7 @@ def _histogram(probabilities: ProbabilityHistogram | torch.Tensor) -> Probabilit
     if isinstance(probabilities, torch.Tensor):
         tensor, probabilities = probabilities, ProbabilityHistogram()
         probabilities.add(tensor)
-    if not isinstance(probabilities, ProbabilityHistogram):
-        raise TypeError(f"probabilities is {type(probabilities).__name__}, expected ProbabilityHistogram or a tensor")
+    expect_kind(ProbabilityHistogram, "ProbabilityHistogram or a tensor", probabilities=probabilities)
     if probabilities.rows <= 0:
         raise ValueError("there is no probability above zero to calibrate with; add some of the model's")
     return probabilities

@@ -12,7 +12,7 @@ from torch.nn.functional import kl_div, mse_loss
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .arguments import expect_numbers, expect_whole
+from .arguments import expect_kind, expect_numbers, expect_whole
 from .cutting import Cut, expect_fast_tokenizer
 from .integrations.models import evaluating
 from .integrations.transformers import is_patched
@@ -20,6 +20,7 @@ from .training import GroupedTrainer, Schedule, train
 
 Example = Mapping[str, Sequence[int]]
 _OVER_TOKENS = ("start_logits", "end_logits")  # [batch, length]: a softmax over a sequence's tokens
+_A_MODEL = "a transformers model; of a module around one, such as a SentenceTransformer, pass the one inside"
 _YES_OR_NO = "ElectraForPreTrainingOutput"  # its logits [batch, length] are those of a sigmoid for each token
 
 
@@ -86,12 +87,15 @@ def distil(
 
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
-        ValueError: no inputs, fields of different lengths, models that do not fit together, a number out of range.
-        TypeError: weights of a dtype other than float32, inputs that are no sequence of mappings.
+        ValueError: no inputs, fields of different lengths, an input longer than the student's mask, models that do not
+            fit together, a number out of range.
+        TypeError: weights of a dtype other than float32, inputs that are no sequence of mappings of whole numbers,
+            student or teacher that are no models of transformers.
 
-    Warns of a student that is not patched.
+    Warns of a student that is not patched, and where training diverged.
     """
     _check(student, teacher, inputs)
+    expect_whole(0, or_none=True, pad_token_id=pad_token_id)
     expect_numbers(temperature=temperature, logits_weight=logits_weight, hidden_weight=hidden_weight)
     weights = (logits_weight, hidden_weight)
     if not 0 < temperature < math.inf or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
@@ -195,6 +199,7 @@ def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor
 
 
 def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[Example]) -> None:
+    expect_kind(PreTrainedModel, _A_MODEL, student=student, teacher=teacher)
     if is_patched(teacher) and not is_patched(student):
         raise ValueError(
             "the teacher is patched and the student is not; expected the dense model as teacher: swap them"
@@ -217,7 +222,9 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[
             f"inputs is one {type(inputs).__name__}, expected a sequence of examples: "
             "[tokenizer(text) for text in texts]"
         )
-    if not inputs:
+    if not (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")):
+        raise TypeError(f"inputs is {type(inputs).__name__}, expected a sequence of examples: list(...) makes one")
+    if not len(inputs):
         raise ValueError("no inputs to distil on; expected at least one sequence of tokens")
     for index, example in enumerate(inputs):
         if not isinstance(example, Mapping):
@@ -235,6 +242,11 @@ def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[
             raise ValueError(
                 f"input {index} has fields of lengths {lengths}; expected input_ids and other fields with one value "
                 "per token, as tokenizer(text) gives"
+            )
+        fractions = [name for name, values in example.items() if torch.as_tensor(values[:1]).is_floating_point()]
+        if fractions:
+            raise TypeError(
+                f"input {index} has {fractions[0]} with fractions; expected whole numbers, as tokenizer(text) gives"
             )
         if lengths.keys() != inputs[0].keys():
             raise ValueError(

@@ -38,7 +38,7 @@ def examine() -> list[Finding]:
     """Looks at packages, the extension, processors and backends."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {_version('transformers')}"
     package = Finding("sparse_attn", True, f"{__version__} ({versions})")
-    return [package, _extension(), *_cuda_kernel(), _triton(), *_processors()]
+    return [package, _extension(), *_cuda_kernel(), _triton(), *_processors(), *map(_optional, _OPTIONAL)]
 
 
 def _version(package: str) -> str | None:
@@ -46,6 +46,15 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+_OPTIONAL = {"accelerate": "training", "torchmetrics": "EM and F1"}
+
+
+def _optional(package: str) -> Finding:
+    if found := _version(package):
+        return Finding(package, True, found)
+    return Finding(package, False, f"not installed; {_OPTIONAL[package]} needs it", extension.how_to_install("bench"))
 
 
 def _extension() -> Finding:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .arguments import expect_kind, expect_whole
 from .squad.windows import MODEL_INPUTS, Window, check_input_names, collate
 from .training import Schedule, train
 
@@ -59,9 +60,15 @@ def finetune_question_answering(
 
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
-        ValueError: no windows, a number that is out of range, or an unknown name of an input.
+        ValueError: no windows, one longer than the mask of a patched model, a number that is out of range, or an
+            unknown name of an input.
         TypeError: weights of a dtype other than float32, other windows, or a model without answers.
+
+    Warns where training diverged.
     """
+    expect_kind(torch.nn.Module, "a question-answering model of transformers", model=model)
+    expect_kind(Sequence, "a sequence of Window: from make_windows(questions, ...)", windows=windows)
+    expect_whole(0, pad_token_id=pad_token_id)
     if not windows:
         raise ValueError("no windows to train on; expected at least one, from make_windows")
     if not isinstance(windows[0], Window):

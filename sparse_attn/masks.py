@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import ranking
-from .arguments import expect_flags, expect_shares, expect_whole
+from .arguments import expect_flags, expect_kind, expect_shares, expect_whole
 from .averages import AttentionAverages
 from .bitpacking import PackedMask
 from .files import load_tensors, save_tensors
@@ -19,6 +19,7 @@ from .layout import SparseLayout, existing_device
 
 TILE_ROWS = 16  # queries that a tile keeps or prunes together
 _KIND = "global mask"
+_AVERAGES = "AttentionAverages: from collect_averages, or AttentionAverages.from_mean(tensor)"
 
 
 class GlobalMask:
@@ -75,11 +76,7 @@ class GlobalMask:
         and tile masks or other scopes together with `strict`; TypeError for averages, sparsities and flags of other
         types.
         """
-        if not isinstance(averages, AttentionAverages):
-            raise TypeError(
-                f"averages is {type(averages).__name__}, expected AttentionAverages: from collect_averages, or "
-                "AttentionAverages.from_mean(tensor)"
-            )
+        expect_kind(AttentionAverages, _AVERAGES, averages=averages)
         sparsity = _checked_sparsity(sparsity)
         expect_flags(keep_diagonal=keep_diagonal, strict=strict)
         _check_choice("granularity", granularity, ("element", "tile"))
@@ -129,6 +126,8 @@ class GlobalMask:
         _check_choice("granularity", granularity, ("element", "tile"))
         key_len = query_len if key_len is None else key_len
         expect_whole(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
+        expect_whole(0, seed=seed)
+        expect_flags(keep_diagonal=keep_diagonal)
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (layers, heads, query_len, key_len)
         scores = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -148,6 +147,12 @@ class GlobalMask:
         if not isinstance(keep, torch.Tensor) or keep.dtype != torch.bool:
             found = keep.dtype if isinstance(keep, torch.Tensor) else type(keep).__name__
             raise ValueError(f"a global mask is made from a boolean tensor (true = kept), not from {found}")
+        expect_whole(or_none=True, layers=layers, heads=heads)
+        if keep.ndim < 4 and (layers is None or (keep.ndim < 3 and heads is None)):
+            raise ValueError(
+                f"the mask has shape {tuple(keep.shape)}, expected [layers, heads, query_len, key_len]; pass "
+                f"{'layers' if keep.ndim == 3 else 'layers and heads'} to repeat it for all of them"
+            )
         if keep.ndim == 2 and heads is not None:
             keep = keep.expand(heads, -1, -1)
         if keep.ndim == 3 and layers is not None:
@@ -173,6 +178,7 @@ class GlobalMask:
         """
         key_len = query_len if key_len is None else key_len
         expect_whole(layers=layers, heads=heads, query_len=query_len, key_len=key_len)
+        expect_kind(Callable, "a function of layer, head, query and key", function=function)
         query = torch.arange(query_len, device="cpu").view(-1, 1)
         key = torch.arange(key_len, device="cpu").view(1, -1)
         keep = torch.empty(layers, heads, query_len, key_len, dtype=torch.bool, device="cpu")
@@ -266,9 +272,11 @@ class GlobalMask:
 
         Raises ValueError where `averages` have other layers, heads or lengths than the mask.
         """
+        expect_kind(AttentionAverages, _AVERAGES, averages=averages)
         if averages.sums.shape != self.shape:
             raise ValueError(
-                f"averages of shape {tuple(averages.sums.shape)} do not fit a mask of shape {tuple(self.shape)}"
+                f"averages of shape {tuple(averages.sums.shape)} do not fit a mask of shape {tuple(self.shape)}; "
+                f"collect them from the mask's model with max_length={self.query_len}"
             )
         mass = averages.sums.sum((2, 3))
         return (averages.sums * self.keep).sum((2, 3)) / torch.where(mass > 0, mass, 1.0)

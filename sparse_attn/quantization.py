@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
 
+from .arguments import expect_kind, expect_numbers
+from .files import load_tensors, save_tensors
+
+_KIND = "quantization tables"
 MAX_BITS = 8
 DEFAULT_THRESHOLD = 1e-3
 _LARGEST_LEVEL = 65504.0  # of float16, in which kernels may multiply
@@ -36,7 +41,9 @@ class QuantizationTable:
     levels: tuple[float, ...]
 
     def __post_init__(self):
+        expect_numbers(threshold=self.threshold)
         if not isinstance(self.levels, tuple):  # a list of them, or an array
+            expect_kind(Iterable, "2 ** bits numbers", levels=self.levels)
             object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold is {self.threshold}, expected a probability strictly between 0 and 1")
@@ -76,6 +83,7 @@ def log_table(bits: int, threshold: float = DEFAULT_THRESHOLD) -> QuantizationTa
         bits = operator.index(bits)
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise TypeError(f"bits is {bits!r}, expected an integer in 1..{MAX_BITS} or None for no rounding")
+    expect_numbers(threshold=threshold)
     if not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits is {bits}, expected 1..{MAX_BITS}, or None for no rounding")
     if not 0.0 < threshold < 1.0:
@@ -103,6 +111,26 @@ def tables_of_layers(bits: Bits, layers: int) -> tuple[QuantizationTable | None,
     return tuple(map(as_table, bits))
 
 
+def save_tables(path: str | os.PathLike, tables: QuantizationTable | Sequence[QuantizationTable]) -> None:
+    """Writes a table, or one for each layer of a model, to a safetensors file. Raises TypeError for others."""
+    each = [tables] if isinstance(tables, QuantizationTable) else tables
+    expect_kind(Sequence, "a QuantizationTable, or a sequence of one for each layer", tables=each)
+    for index, table in enumerate(each):
+        expect_kind(QuantizationTable, "a QuantizationTable", **{f"tables[{index}]": table})
+    save_tensors(path, _KIND, {}, {"single": each is not tables, "tables": [asdict(table) for table in each]})
+
+
+def load_tables(path: str | os.PathLike) -> QuantizationTable | list[QuantizationTable]:
+    """Reads a file of `save_tables`: what `bits` of `patch_bert` takes. Raises FileNotFoundError or ValueError, naming
+    the file and what is wrong with it."""
+    _, header = load_tensors(path, _KIND, ())
+    try:
+        tables = [QuantizationTable(**table) for table in header["tables"]]
+        return tables[0] if header["single"] else tables
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged {_KIND} file: {error}") from error
+
+
 def quantize(probabilities: torch.Tensor, table: int | QuantizationTable | None) -> torch.Tensor:
     """Rounds `probabilities` (any shape, floating point) to the levels of `table`; shape and dtype stay.
 
@@ -112,6 +140,7 @@ def quantize(probabilities: torch.Tensor, table: int | QuantizationTable | None)
     NaN stays NaN. The gradient passes straight through. Raises TypeError for integers.
     """
     table = as_table(table)
+    expect_kind(torch.Tensor, "a tensor", probabilities=probabilities)
     if not probabilities.is_floating_point():
         raise TypeError(f"probabilities are {probabilities.dtype}, expected a floating-point dtype")
     return probabilities if table is None else _StraightThroughRounding.apply(probabilities, table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .arguments import expect_numbers, expect_shares, expect_whole
+from .arguments import expect_flags, expect_numbers, expect_shares, expect_whole
 from .extension import how_to_install
+from .integrations.transformers import longest_input
 
 _BATCHES_SORTED_TOGETHER = 16
 
@@ -152,9 +154,13 @@ def train(
     Raises:
         ModuleNotFoundError: accelerate is not installed.
         TypeError: weights of a dtype other than float32.
-        ValueError: all weights are frozen.
+        ValueError: all weights are frozen, or an example is longer than the mask of a patched model.
+
+    Warns where training diverged.
     """
     require_accelerate()
+    expect_flags(progress=progress)
+    _expect_to_fit(model, lengths)
     dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
     if dtypes:
         raise TypeError(f"the model has weights of {sorted(map(str, dtypes))}; train in float32: model.float()")
@@ -199,7 +205,24 @@ def train(
         finally:
             model.eval()
             model.zero_grad(set_to_none=True)
-    return [entry["loss"] for entry in running.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in running.state.log_history if "loss" in entry]
+    if not all(map(math.isfinite, losses)):
+        warnings.warn(
+            f"training diverged, its losses are {losses}: the weights are of no use. Lower learning_rate, which was "
+            f"{schedule.learning_rate}",
+            stacklevel=3,
+        )
+    return losses
+
+
+def _expect_to_fit(model: torch.nn.Module, lengths: Sequence[int]) -> None:
+    longest = longest_input(model)
+    for index, length in enumerate(lengths if longest is not None else ()):
+        if length > longest:
+            raise ValueError(
+                f"example {index} has {length} tokens, the model's mask covers {longest}; cut it "
+                f"(tokenizer(..., truncation=True, max_length={longest})), or patch with a mask for longer inputs"
+            )
 
 
 class _Bar(TrainerCallback):

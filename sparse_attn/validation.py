@@ -9,9 +9,6 @@ from .arguments import expect_whole
 from .layout import SparseLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_SHORTEN_OR_LENGTHEN = (
-    "Truncate (the tokenizer's max_length), or make a longer mask: collect_averages(max_length=...) on longer inputs"
-)
 
 
 def check_call(
@@ -101,8 +98,8 @@ def _check_layout(query: Tensor, key: Tensor, layout: SparseLayout, packed: bool
     if query_len > layout.query_len or key_len > layout.key_len:
         raise ValueError(
             f"the sequence is longer than the mask: queries end at position {query_len} and keys at {key_len}, the "
-            f"mask covers {layout.query_len} queries and {layout.key_len} keys. {_SHORTEN_OR_LENGTHEN}; padding alone "
-            "beyond it leaves a patched model with unpad=True, in training mode too"
+            f"mask covers {layout.query_len} queries and {layout.key_len} keys. {_shorten_or_lengthen(layout)}. (Where "
+            "padding alone is longer, a model patched with unpad=True takes it out first)"
         )
 
 
@@ -140,8 +137,16 @@ def check_packed_length(longest: int, query_offset: int, layout: SparseLayout) -
     if longest + query_offset > layout.query_len or longest > layout.key_len:
         raise ValueError(
             f"the longest packed sequence has {longest} tokens (query_offset {query_offset}), longer than the mask, "
-            f"which covers {layout.query_len} queries and {layout.key_len} keys. {_SHORTEN_OR_LENGTHEN}"
+            f"which covers {layout.query_len} queries and {layout.key_len} keys. {_shorten_or_lengthen(layout)}"
         )
+
+
+def _shorten_or_lengthen(layout: SparseLayout) -> str:
+    longest = min(layout.query_len, layout.key_len)
+    return (
+        f"Cut inputs (tokenizer(..., truncation=True, max_length={longest})), or make the mask from averages of longer "
+        "ones"
+    )
 
 
 def batch_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_attn.arguments import expect_flags, expect_numbers, expect_shares, expect_whole
+from sparse_attn.arguments import expect_flags, expect_kind, expect_numbers, expect_shares, expect_whole
 
 
 def test_what_is_expected_passes():
@@ -19,6 +19,7 @@ def test_what_is_expected_passes():
     expect_numbers(or_none=True, a=None)
     expect_shares(a=0, b=0.0, c=np.float64(0.999))
     expect_shares(or_none=True, a=None)
+    expect_kind((int, str), "a number or text", a=1, b="1")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ def test_what_is_expected_passes():
         (expect_whole, "3", TypeError, "size is '3', expected"),
         (expect_whole, True, TypeError, "size is True, expected"),
         (expect_whole, None, TypeError, "size is None, expected"),
+        (partial(expect_kind, str, "a name"), 3, TypeError, "size is int, expected a name$"),
         (expect_numbers, "3", TypeError, "size is '3', expected a number$"),
         (expect_numbers, None, TypeError, "size is None, expected a number$"),
         (expect_numbers, [1.0], TypeError, r"size is \[1.0\], expected a number$"),

@@ -63,6 +63,12 @@ def test_bad_values_and_shapes_are_named():
         AttentionAverages(sums, torch.ones(3, 3).numpy())
     with pytest.raises(TypeError, match="mean is ndarray, expected a tensor"):
         AttentionAverages.from_mean(sums.numpy())
+    with pytest.raises(TypeError, match="averages of torch.complex64 and counts"):
+        AttentionAverages(sums + 0j, torch.ones(3, 3))
+    with pytest.raises(ValueError, match="sequences is -4"):
+        AttentionAverages(torch.zeros(1, 1, 2, 2), torch.ones(2, 2), -4)
+    with pytest.raises(TypeError, match="other is Tensor, expected AttentionAverages"):
+        some_averages().merge(sums)
     with pytest.raises(ValueError, match="negative"):
         AttentionAverages(-torch.ones(1, 1, 2, 2), torch.ones(2, 2))
     with pytest.raises(ValueError, match="2 layers x 3 heads with 1 layers x 1 heads"):
@@ -79,8 +85,9 @@ def test_a_mean_may_be_anything_where_nothing_was_seen():
         AttentionAverages(torch.ones(1, 1, 3, 3), counts)
     with pytest.raises(ValueError, match=r"\(1, 2, 3, 3\) and counts \(4, 4\)"):
         AttentionAverages.from_mean(sums, torch.ones(4, 4))
-    with pytest.raises(ValueError, match="counts that are not finite"):
-        AttentionAverages(sums, torch.full((3, 3), float("nan")))
+    for count in (float("nan"), float("inf"), 0.5):
+        with pytest.raises(ValueError, match="counts hold what is no whole number"):
+            AttentionAverages.from_mean(sums, torch.full((3, 3), count))
 
 
 def test_files_are_where_the_user_means(tmp_path, monkeypatch):

@@ -117,6 +117,8 @@ def test_bad_input_is_named():
         calibrated_table(torch.tensor([0.5]), 9)
     with pytest.raises(ValueError, match="threshold is 2"):
         calibrated_table(torch.tensor([0.5]), 3, threshold=2.0)
+    with pytest.raises(TypeError, match="probabilities is list, expected a tensor"):
+        ProbabilityHistogram().add([0.5])
     with pytest.raises(TypeError, match="list, expected ProbabilityHistogram or a tensor"):
         calibrated_table([0.5], 3)
 

@@ -194,6 +194,8 @@ def test_what_cannot_be_distilled_is_refused(changes, message):
         ({"input_ids": [[1, 2]]}, "inputs is one dict, expected a sequence"),
         (torch.ones(2, 3), "inputs is one Tensor, expected a sequence"),
         ([torch.ones(3)], "input 0 is Tensor, expected fields by name"),
+        ((each for each in sequences(2)), "inputs is generator, expected a sequence"),
+        ([{"input_ids": [1.5, 2.5]}], "input 0 has input_ids with fractions"),
     ],
 )
 def test_inputs_of_other_types_are_refused(inputs, message):
@@ -207,6 +209,11 @@ def test_models_that_do_not_fit_together_are_refused():
         distil(teacher_of(), patch_bert(teacher_of(), GlobalMask.random(2, 2, 64, sparsity=0.5)), sequences(4))
     with pytest.raises(ValueError, match=r"are frozen; .*requires_grad_\(True\)"):
         distil(student_of(teacher).requires_grad_(False), teacher, sequences(4), progress=False)
+    with pytest.raises(TypeError, match="student is Sequential, expected a transformers model.*the one inside"):
+        distil(torch.nn.Sequential(student_of(teacher)), teacher, sequences(4))
+    short = patch_bert(teacher_of(), GlobalMask.random(2, 2, 16, sparsity=0.5))
+    with pytest.raises(ValueError, match="example 1 has 17 tokens, the model's mask covers 16; cut it"):
+        distil(short, teacher, [{"input_ids": [9] * length} for length in (16, 17)], progress=False)
     with pytest.raises(ValueError, match="one object"):
         distil(teacher, teacher, sequences(4))
     with pytest.raises(ValueError, match="3 layers of size 64, the teacher 2 of size 64"):

@@ -137,7 +137,8 @@ def test_settings_of_the_wrong_kind_are_refused(changes):
 
 def test_training_that_diverges_says_so():
     settings = {**SETTINGS, "epochs": np.int64(3), "learning_rate": 1e30}
-    losses = finetune_question_answering(tiny_model(), marked_windows(32), 0, **settings)
+    with pytest.warns(UserWarning, match="training diverged.*Lower learning_rate, which was 1e"):
+        losses = finetune_question_answering(tiny_model(), marked_windows(32), 0, **settings)
     assert len(losses) == 3 and not any(map(math.isfinite, losses[1:]))
 
 
@@ -166,6 +167,14 @@ def test_training_has_gradients_wherever_it_is_called(mode):
 def test_other_windows_and_models_are_refused():
     with pytest.raises(TypeError, match="windows holds str, expected Window"):
         finetune_question_answering(tiny_model(), "questions.json", 0)
+    with pytest.raises(TypeError, match="windows is NoneType, expected a sequence of Window"):
+        finetune_question_answering(tiny_model(), None, 0)
+    with pytest.raises(TypeError, match="model is NoneType, expected a question-answering model"):
+        finetune_question_answering(None, marked_windows(4), 0)
+    with pytest.raises(TypeError, match="pad_token_id is 'x', expected a whole number"):
+        finetune_question_answering(tiny_model(), marked_windows(4), "x")
+    with pytest.raises(TypeError, match="input_names is the text 'input_ids'"):
+        finetune_question_answering(tiny_model(), marked_windows(4), 0, input_names="input_ids")
     with pytest.raises(TypeError, match="a BertModel, expected one for question answering"):
         finetune_question_answering(tiny_model().bert, marked_windows(4), 0)
 

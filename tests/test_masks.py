@@ -203,8 +203,21 @@ def test_bad_arguments_are_named():
         GlobalMask.from_averages(AttentionAverages(torch.zeros(1, 1, 2, 2), torch.zeros(2, 2)), 0.5)
     with pytest.raises(ValueError, match="boolean tensor"):
         GlobalMask.from_tensor(torch.ones(1, 1, 2, 2))
-    with pytest.raises(ValueError, match=r"torch.bool \(2, 2\)"):
-        GlobalMask.from_tensor(torch.ones(2, 2, dtype=torch.bool))
+    for shape, missing in (((2, 2), "layers and heads"), ((2, 2, 2), "layers")):
+        with pytest.raises(ValueError, match=f"the mask has shape .*; pass {missing} to repeat it"):
+            GlobalMask.from_tensor(torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(TypeError, match="heads is '2', expected a whole number"):
+        GlobalMask.from_tensor(torch.ones(2, 2, dtype=torch.bool), layers=2, heads="2")
+    with pytest.raises(TypeError, match="function is str, expected a function"):
+        GlobalMask.from_function("band", 1, 1, 4)
+    with pytest.raises(TypeError, match="seed is 1.5, expected a whole number"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5, seed=1.5)
+    with pytest.raises(TypeError, match="keep_diagonal is 'no', expected True or False"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5, keep_diagonal="no")
+    with pytest.raises(TypeError, match="averages is Tensor, expected AttentionAverages"):
+        GlobalMask.random(1, 1, 4, sparsity=0.5).retained_attention(torch.ones(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="collect them from the mask's model with max_length=4"):
+        GlobalMask.random(1, 3, 4, sparsity=0.5).retained_attention(worked_example())
     with pytest.raises(ValueError, match="returned torch.int64"):
         GlobalMask.from_function(lambda layer, head, query, key: query - key, 1, 1, 4)
     with pytest.raises(ValueError, match=r"returned \(3, 3\), expected what broadcasts to \(4, 4\)"):

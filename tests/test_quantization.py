@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_attn import QuantizationTable, log_table, quantize
+from sparse_attn import QuantizationTable, load_tables, log_table, quantize, save_tables
+from sparse_attn.files import save_tensors
 
 INPUTS = (0, 0.0005, 0.001, 0.0015, 0.01, 0.05, 0.1, 0.126, 0.25, 0.3, 0.5, 0.7, 0.9, 0.999, 1)
 THREE_BITS = (
@@ -95,7 +96,28 @@ def test_integers_are_not_rounded():
         quantize(torch.ones(3, dtype=torch.int64), 3)
 
 
+def test_tables_are_saved(tmp_path):
+    path, own = tmp_path / "levels.safetensors", QuantizationTable(1 / 3, (0.0, 0.1))
+    for tables in (own, [own, log_table(3)], []):
+        save_tables(path, tables)
+        assert load_tables(path) == tables
+    for tables in (3, [own, 3]):
+        with pytest.raises(TypeError, match="is int, expected a"):
+            save_tables(path, tables)
+    save_tensors(path, "quantization tables", {}, {"single": True, "tables": [{"threshold": 2.0, "levels": [0, 1]}]})
+    with pytest.raises(ValueError, match="levels.safetensors: damaged quantization tables file: threshold is 2.0"):
+        load_tables(path)
+
+
 def test_bad_tables():
+    with pytest.raises(TypeError, match="threshold is '1e-3', expected a number"):
+        log_table(3, "1e-3")
+    with pytest.raises(TypeError, match="threshold is '1e-3', expected a number"):
+        QuantizationTable("1e-3", (0.0, 0.1))
+    with pytest.raises(TypeError, match="levels is float, expected 2"):
+        QuantizationTable(1e-3, 0.5)
+    with pytest.raises(TypeError, match="probabilities is list, expected a tensor"):
+        quantize([0.1], 3)
     with pytest.raises(ValueError, match="threshold is 1.5"):
         log_table(3, threshold=1.5)
     with pytest.raises(ValueError, match="has 3 values"):

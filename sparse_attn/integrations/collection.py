@@ -60,7 +60,8 @@ def collect_averages(
         model_name, data_name: saved with the averages; the name of the checkpoint by default.
 
     Raises:
-        TypeError: the model is of no supported family; batches that are no mappings of tensors; shard is no bool.
+        TypeError: the model is of no supported family; batches that are no mappings of tensors; shard or progress is no
+            bool.
         ValueError: no batch, or none with a token; a sequence longer than `max_length`, an attention_mask that is not
             [batch, length], a patched model, attention that is not finite.
         RuntimeError: another process failed.
@@ -69,7 +70,7 @@ def collect_averages(
     if is_patched(model):
         raise ValueError("the model is patched; averages of dense attention need unpatch(model) first")
     expect_several(batches)
-    expect_flags(shard=shard)
+    expect_flags(shard=shard, progress=progress)
     rank, world = rank_and_world()
     sums = AttentionSums(len(encoder.attention), encoder.heads, max_length)
     own = share_of(batches) if shard and world > 1 else batches

@@ -43,12 +43,13 @@ def collect_probabilities(
         progress: whether to show a progress bar.
 
     Raises:
-        TypeError: the model is of no supported family; batches that are no mappings of tensors; by_layer is no bool.
+        TypeError: the model is of no supported family; batches that are no mappings of tensors; by_layer or
+            progress is no bool.
         ValueError: no batch, or none with a kept position; an attention_mask that is not [batch, length]; a mask that
             does not fit the model.
     """
     expect_several(batches)
-    expect_flags(by_layer=by_layer)
+    expect_flags(by_layer=by_layer, progress=progress)
     encoder = encoder_of(model)
     histograms = [ProbabilityHistogram() for _ in encoder.attention]
     device, passes = next(model.parameters()).device, 0

@@ -16,7 +16,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..arguments import expect_flags
+from ..arguments import expect_flags, expect_kind
 from ..masks import GlobalMask
 from ..quantization import Bits, tables_of_layers
 from .models import BERT, Encoder, encoder_of, own_configs, set_attention_implementation, transformers_models
@@ -40,22 +40,22 @@ def patch_bert(
     """Makes a BERT's self-attention compute only what a global mask keeps, in place.
 
     Outputs at real tokens are those of a dense BERT whose pruned scores are -inf. Works with padding anywhere,
-    gradient checkpointing, `torch.compile` and `output_attentions=True` (an argument, or set in the config before),
-    whose attentions are the ones used, after pruning and rounding. A pass raises ValueError where another attention
-    implementation was set since. The state dict does not change; a saved model comes back unpatched, so save the mask
-    beside it.
+    gradient checkpointing, `torch.compile` and `output_attentions=True`, whose attentions are the ones used, after
+    pruning and rounding (pass it as an argument: once a model is patched, transformers refuses it in the config). A
+    pass raises ValueError where another attention implementation was set since. The state dict does not change; a saved
+    model comes back unpatched, so save the mask beside it.
 
     Args:
-        model: BertModel or a Bert model with any head, in float32, float16 or bfloat16.
+        model: BertModel or a Bert model with any head, or a module around one, in float32, float16 or bfloat16.
         mask: GlobalMask, bool tensor [layers, heads, query_len, key_len] with true = kept, or the path of a saved mask.
         bits: 1 to 8 rounds attention probabilities; None does not. See `sparse_attention`. A list or tuple has one such
             value for each layer of the mask; with tables that differ, torch.compile compiles every layer anew.
         backend: "auto", or the backend that must be used.
         unpad: whether padding tokens leave before the first layer and come back as zeros after the last, so that no
             layer works on them. None: in eval mode, but not where `torch.compile` wants shapes that do not depend on
-            data (compile the layers, `layer.compile()`, to have both); capturing a CUDA graph, which does too, is
-            refused: pass False for that. If they stay, their hidden states are not meaningful. With a key-value cache,
-            cross-attention, chunked feed-forward layers or one attention_mask [1, length] for a whole batch they stay.
+            data (compile the layers, `layer.compile()`, to have both). To capture a CUDA graph, pass False. They stay
+            with a key-value cache, cross-attention, chunked feed-forward layers or one attention_mask [1, length] for a
+            whole batch. Where they stay, their hidden states are not meaningful.
         onednn: whether torch's oneDNN operator computes linear layers and GELU in passes on a CPU that need no
             gradients. None: where the model lies on a CPU that torch's build of oneDNN has kernels for.
 
@@ -132,6 +132,7 @@ def unpatch(model: Model) -> Model:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch_bert` or `patch_model` was applied to this model."""
+    expect_kind(nn.Module, "a model", model=model)
     return any(isinstance(module, SparseAttentionState) for module in model.modules())
 
 
@@ -159,6 +160,11 @@ def patched(
         else:
             mask, tables, backend, unpad, onednn = before
             patch_model(model, mask, tables, backend=backend, unpad=unpad, onednn=onednn)
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """How many tokens the mask of a patched model covers; None for other models."""
+    return _state(encoder_of(model)).mask.key_len if is_patched(model) else None
 
 
 def _state(encoder: Encoder) -> SparseAttentionState:

@@ -19,7 +19,9 @@ _CONTEXT = 1  # the second segment
 
 
 def check_input_names(input_names: Sequence[str]) -> None:
-    """Raises ValueError for a name that is not in MODEL_INPUTS."""
+    """Raises ValueError for a name that is not in MODEL_INPUTS, TypeError for one name in place of several."""
+    if isinstance(input_names, str):
+        raise TypeError(f"input_names is the text {input_names!r}, expected a sequence of names")
     unknown = [name for name in input_names if name not in MODEL_INPUTS]
     if unknown:
         raise ValueError(f"input_names holds {unknown[0]!r}; expected names among {', '.join(MODEL_INPUTS)}")
@@ -32,7 +34,7 @@ class Window:
     Attributes:
         question_index: which of the questions given to `make_windows`.
         input_ids: [tokens], special tokens included.
-        token_type_ids: [tokens], 1 in the context's segment.
+        token_type_ids: [tokens], 1 in the context's segment, if the model has segments.
         offsets: [tokens], first character and end (excluded) in the context; None outside the context.
         start_position: token with which the question's answer starts, the first one whose place is known.
         end_position: token with which it ends, included. Both are 0 unless this window holds all of it.

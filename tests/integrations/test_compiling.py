@@ -72,7 +72,7 @@ def test_a_traced_model_serves_other_padding(model):
     for traced_with, lengths in (((32, 32), (32, 10)), ((32, 20), (32, 32))):
         example, inputs = (tuple(inputs_of(own).values()) for own in (traced_with, lengths))
         with torch.no_grad():
-            traced = torch.jit.trace(model, example, strict=False, check_trace=False)
+            traced = torch.jit.trace(model, example, strict=False)
             own, expected = traced(*inputs)[0], model(*inputs)[0]
         real = inputs[1].bool()
         torch.testing.assert_close(own[real], expected[real])

@@ -151,11 +151,12 @@ def test_context_manager_restores_what_was_there(model):
         raise KeyError
     assert not is_patched(model)
     torch.testing.assert_close(run(model, inputs).last_hidden_state, dense)
-    patch_bert(model, MASK, 3)
+    patch_bert(model, MASK, 3, backend="reference")
     outer = run(model, inputs).last_hidden_state
     with patched(model, ~MASK | MASK):
         assert not torch.allclose(run(model, inputs).last_hidden_state, outer)
     torch.testing.assert_close(run(model, inputs).last_hidden_state, outer)
+    assert model.encoder.layer[0].attention.self.sparse_attention.backend == "reference"
 
 
 def test_output_attentions_are_those_used(model, twin):
@@ -235,19 +236,25 @@ def test_gradients_equal_masked_eager(model, backend):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
 
 
+def layers_with_lists_for_gradients(mask):
+    layouts = [mask.layout(layer, DEVICE) for layer in range(mask.layers)]
+    return sum(any(transposed for _, transposed in (*each._lists, *each._step_lists)) for each in layouts)
+
+
 def test_a_frozen_model_holds_no_lists_for_gradients_until_it_trains(model):
     """They take as much memory as the others, or several times as much."""
     mask = GlobalMask(MASK.keep)
     patch_bert(model.requires_grad_(False), mask)
     run(model, inputs_of())
-    layouts = [mask.layout(layer, DEVICE) for layer in range(mask.layers)]
-
-    def transposed(layout):
-        return [form for form in (*layout._lists, *layout._step_lists) if form[1]]
-
-    assert not any(map(transposed, layouts))
+    assert layers_with_lists_for_gradients(mask) == 0
     model.requires_grad_(True).train()
-    assert all(map(transposed, layouts))
+    assert layers_with_lists_for_gradients(mask) == 2
+
+
+def test_a_frozen_model_patched_in_training_mode_has_lists_for_gradients(model):
+    mask = GlobalMask(MASK.keep)
+    patch_bert(model.requires_grad_(False).train(), mask)
+    assert layers_with_lists_for_gradients(mask) == 2
 
 
 def test_follows_the_model(model, tmp_path):
@@ -300,6 +307,16 @@ def test_cross_attention_stays_dense():
     torch.testing.assert_close(run(patch_bert(model, full), inputs).last_hidden_state, dense, atol=1e-5, rtol=1e-5)
 
 
+def test_cross_attention_has_its_dropout_in_training():
+    torch.manual_seed(0)
+    model = BertModel(small_config(is_decoder=True, add_cross_attention=True)).train().to(DEVICE)
+    for layer in model.encoder.layer:
+        layer.crossattention.self.dropout.p = 0.5
+    inputs = inputs_of((9, 9)) | {"encoder_hidden_states": torch.randn(2, 7, 64, device=DEVICE)}
+    patch_bert(model, MASK)
+    assert not torch.allclose(run(model, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
+
+
 def test_wrong_masks_and_models_are_named(model, tmp_path):
     def refused(match, mask, error=ValueError, target=model, **arguments):
         with pytest.raises(error, match=match):
@@ -308,7 +325,9 @@ def test_wrong_masks_and_models_are_named(model, tmp_path):
 
     refused("the mask has 3 layers x 2 heads, BertModel has 2 x 2", GlobalMask.random(3, 2, 32, sparsity=0.5))
     refused("the mask has 2 layers x 4 heads", GlobalMask.random(2, 4, 32, sparsity=0.5))
+    refused("the mask has 2 layers x 1 heads", GlobalMask.random(2, 1, 32, sparsity=0.5))
     refused("covers 32 queries and 16 keys", GlobalMask.random(2, 2, 32, 16, sparsity=0.5))
+    refused("covers 16 queries and 32 keys", GlobalMask.random(2, 2, 16, 32, sparsity=0.5))
     refused("boolean tensor", torch.ones(2, 2, 8, 8))
     refused("mask is list", [True], error=TypeError)
     refused("no such file", tmp_path / "missing.safetensors", error=FileNotFoundError)
@@ -368,6 +387,6 @@ def test_padding_beyond_the_mask_leaves_in_training_mode_when_asked(model):
     inputs = inputs_of((20, 20))
     inputs["attention_mask"][:, 12:] = 0
     mask = GlobalMask.random(2, 2, 16, sparsity=0.5)
-    with pytest.raises(ValueError, match="the mask covers 16.*max_length.*collect_averages.*unpad=True"):
+    with pytest.raises(ValueError, match="the mask covers 16.*max_length=16.*longer.*unpad=True"):
         patch_bert(model, mask).train()(**inputs)
     patch_bert(model, mask, unpad=True).train()(**inputs)
