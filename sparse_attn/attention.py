@@ -188,11 +188,19 @@ def _layout_arguments(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     kind = (backend.NAME, head_dim, dtype, table, training)
     if kind not in layout.arguments:
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=_NOT_PREPARED)
         arguments = backend.layout_arguments(layout, head_dim, dtype, table, training)
         if layout.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(layout.device).synchronize()  # calls on other streams read them too
         layout.arguments[kind] = arguments
     return layout.arguments[kind]
+
+
+_NOT_PREPARED = (
+    "the layout is compiled at its first call, which torch.compile cannot trace: call sparse_attention once before, or "
+    "sparse_attn.attention.prepare(layout, head_dim, dtype)"
+)
 
 
 def _checked_call(

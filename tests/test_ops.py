@@ -228,6 +228,20 @@ def test_compiles_without_breaks_for_any_length(backend, device):
     assert graphs["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_layout_is_prepared_before_it_is_traced(fullgraph):
+    """Or its call is not traced."""
+    layout, tensors = random_layout(2, 16, 0.5, "cpu"), random_inputs((1, 2, 16, 8), torch.float32, "cpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: sparse_attention(*t, layout), fullgraph=fullgraph, backend="aot_eager")
+    if fullgraph:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="call sparse_attention once before, or.*prepare"):
+            compiled(*tensors)
+        sparse_attention(*tensors, layout)
+    own = compiled(*tensors)
+    assert torch.equal(own, sparse_attention(*tensors, layout))
+
+
 @pytest.mark.parametrize(("backend", "device"), backends("reference", "torch", "native", "triton"))
 def test_output_strides_fit_transformers(backend, device):
     """[batch, tokens, heads * head_dim] is a view of the output, on every backend and in the fake."""
