@@ -44,6 +44,7 @@ class AttentionAverages:
     def __post_init__(self):
         expect_kind(torch.Tensor, _A_TENSOR, sums=self.sums, counts=self.counts)
         expect_whole(0, sequences=self.sequences, tokens=self.tokens)
+        self.metadata = dict(self.metadata)
         if self.sums.is_complex() or self.counts.is_complex():
             raise TypeError(f"averages of {self.sums.dtype} and counts of {self.counts.dtype}, expected real numbers")
         if self.sums.ndim != 4 or self.sums.shape[2:] != self.counts.shape:
@@ -149,7 +150,7 @@ class AttentionAverages:
         tensors, header = load_tensors(path, _KIND, ("sums", "counts"))
         try:
             return cls(tensors["sums"], tensors["counts"], header["sequences"], header["tokens"], header["metadata"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged {_KIND} file: {error}") from error
 
 

@@ -87,7 +87,9 @@ def load_tensors(
     if metadata["kind"] != kind:
         raise ValueError(f"{path}: holds {metadata['kind']}, expected {kind}")
     version = metadata.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int):
+        raise ValueError(f"{path}: damaged {kind} file: its format version is {version!r}, expected a number")
+    if version > FORMAT_VERSION:
         raise ValueError(
             f"{path}: format version {version} (written by sparse_attn {metadata.get('package_version')}) is newer "
             f"than {FORMAT_VERSION}, the newest that sparse_attn {__version__} reads; upgrade sparse_attn"

@@ -103,7 +103,7 @@ class GlobalMask:
         made = dict(
             sparsity=sparsity, granularity=granularity, scope=scope, keep_diagonal=keep_diagonal, strict=strict,
         )  # fmt: skip
-        return cls(keep, {**made, "averages": averages.metadata})
+        return cls(keep, {**made, "averages": dict(averages.metadata)})
 
     @classmethod
     def random(

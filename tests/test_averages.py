@@ -3,13 +3,13 @@
 import os
 import stat
 
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sparse_attn import AttentionAverages, GlobalMask, load_published_averages
+from sparse_attn import AttentionAverages, GlobalMask
+from sparse_attn.files import save_tensors
 
 
 def some_averages(query_len=5, seed=0) -> AttentionAverages:
@@ -29,6 +29,8 @@ def test_merge_is_the_average_over_both():
     torch.testing.assert_close(merged.mean, sums / counts)
     assert (merged.sequences, merged.tokens, merged.metadata) == (16, 60, first.metadata)
     torch.testing.assert_close(second.merge(first).mean, merged.mean)
+    second.metadata.update(data="e", source="bert")
+    assert first.merge(second).metadata == second.merge(first).metadata == {"model": "m"}  # what both say
     assert torch.equal(first.sums, some_averages(5).sums)  # inputs stay as they were
 
 
@@ -69,10 +71,17 @@ def test_bad_values_and_shapes_are_named():
         AttentionAverages(torch.zeros(1, 1, 2, 2), torch.ones(2, 2), -4)
     with pytest.raises(TypeError, match="other is Tensor, expected AttentionAverages"):
         some_averages().merge(sums)
-    with pytest.raises(ValueError, match="negative"):
-        AttentionAverages(-torch.ones(1, 1, 2, 2), torch.ones(2, 2))
+    for sums, counts in ((-torch.ones(1, 1, 2, 2), torch.ones(2, 2)), (torch.zeros(1, 1, 2, 2), -torch.ones(2, 2))):
+        with pytest.raises(ValueError, match="negative"):
+            AttentionAverages(sums, counts)
     with pytest.raises(ValueError, match="2 layers x 3 heads with 1 layers x 1 heads"):
         some_averages().merge(AttentionAverages(torch.zeros(1, 1, 2, 2), torch.ones(2, 2)))
+
+
+def test_sums_are_float64_whatever_they_come_as():
+    averages = AttentionAverages(torch.rand(1, 1, 2, 2), torch.ones(2, 2))
+    assert (averages.sums.dtype, averages.counts.dtype) == (torch.float64, torch.int64)
+    assert averages.merge(averages).mean.dtype == torch.float64
 
 
 def test_a_mean_may_be_anything_where_nothing_was_seen():
@@ -136,6 +145,25 @@ def test_bad_files_are_named(tmp_path):
         AttentionAverages.load(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": None}, r"file without the tensors \['counts'\]; it has \['sums'\]"),
+        ({"tokens": None}, "damaged attention averages file: tokens is None"),
+        ({"tokens": "2"}, "damaged attention averages file: tokens is '2'"),
+        ({"metadata": None}, "damaged attention averages file: 'NoneType'"),
+        ({"format_version": None}, "damaged attention averages file: its format version is None"),
+    ],
+)
+def test_a_file_with_a_bad_part_is_named(tmp_path, changes, message):
+    tensors = {"sums": torch.zeros(1, 1, 2, 2), "counts": torch.ones(2, 2)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in changes}
+    header = {"sequences": 1, "tokens": 2, "metadata": {}, **changes}
+    save_tensors(tmp_path / "a.safetensors", "attention averages", tensors, header)
+    with pytest.raises(ValueError, match=f"a.safetensors: .*{message}"):
+        AttentionAverages.load(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, kind):
     path = tmp_path / "a.safetensors"
@@ -151,48 +179,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, kind):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("source", ["bert", "fairseq", "transformer-xl"])
-def test_published_patterns(tmp_path, source):
-    pattern = np.random.default_rng(0).random((2, 3, 4, 4))  # layers, heads, queries, keys
-    pattern[:, :, 3, :] = 0
-    if source == "transformer-xl":
-        pattern = np.concatenate([pattern, pattern], axis=3)
-        stored = pattern.transpose(0, 2, 3, 1)[:, :, :, None].astype(np.float32)
-    else:
-        stored = pattern[:, None].astype(np.float32 if source == "bert" else np.float64)
-    np.save(tmp_path / "p.npy", stored)
-    averages = load_published_averages(tmp_path / "p.npy")
-    torch.testing.assert_close(averages.mean, torch.from_numpy(pattern), rtol=1e-6, atol=0)
-    assert averages.metadata["source"] == source
-    assert (averages.counts[3] == 0).all() and (averages.counts[:3] == 1).all()
-
-
-def test_bad_patterns_are_named(tmp_path):
-    path = tmp_path / "p.npy"
-    with pytest.raises(FileNotFoundError, match="p.npy"):
-        load_published_averages(path)
-    np.save(path, np.zeros((2, 3, 4, 4)))
-    with pytest.raises(ValueError, match=r"float64 of shape \(2, 3, 4, 4\)"):
-        load_published_averages(path)
-    np.save(path, np.zeros((2, 3, 4, 5, 6)))
-    with pytest.raises(ValueError, match="fits no published pattern"):
-        load_published_averages(path)
-    np.save(path, np.array([{"a": 1}]), allow_pickle=True)
-    with pytest.raises(ValueError, match="not a readable .npy array"):
-        load_published_averages(path)
-    path.write_bytes(b"\x93NUMPY\x01\x00")
-    with pytest.raises(ValueError, match="p.npy: not a readable"):
-        load_published_averages(path)
-    np.save(path, np.full((1, 1, 1, 2, 2), np.nan))
-    with pytest.raises(ValueError, match="nan at layer 0"):
-        load_published_averages(path)
-    with pytest.raises(ValueError, match="source is 'gpt'"):
-        load_published_averages(path, source="gpt")
-
-
 def test_one_line_and_comparison():
     mean = torch.ones(2, 3, 4, 4) / 4
     averages, other = (AttentionAverages.from_mean(mean) for _ in range(2))
     assert repr(averages) == ("AttentionAverages(layers=2, heads=3, query_len=4, key_len=4, sequences=0, tokens=0)")
     assert averages == other and averages != AttentionAverages.from_mean(mean / 2) and averages != 1
     assert averages != AttentionAverages.from_mean(mean[:, :, :3, :3])
+    assert averages != AttentionAverages.from_mean(mean, model="m") != AttentionAverages.from_mean(mean, model="n")

@@ -39,6 +39,11 @@ def test_a_histogram_counts_each_probability_above_zero_once():
     assert (histogram.means()[used] <= lower[used] * 2 ** (1 / BINS_PER_OCTAVE) * (1 + 1e-6)).all()
 
 
+def test_a_histogram_counts_what_a_softmax_rounded_above_one():
+    histogram = histogram_of(torch.tensor([1.0, 1.0 + 1e-6]))
+    assert histogram.counts[-1] == 2
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_levels_are_the_means_of_their_bins(bits):
     probabilities = rows()
@@ -74,6 +79,17 @@ def test_the_chosen_threshold_is_at_least_as_good_as_the_published(sharpness, bi
     best = rounding_error(histogram, calibrated_table(histogram, bits))
     assert best <= rounding_error(histogram, calibrated_table(histogram, bits, threshold=2.0**-10))
     assert best <= rounding_error(histogram, log_table(bits, threshold=2.0**-10))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "threshold"),
+    [
+        ([*[1.0] * 30, 0.43, 0.43, 0.14], 0.5),  # better to lose the few than to give them the others' level
+        ([3.2e-5] * 31_250, 2.0**-15),  # a long row, all of which any higher one would lose
+    ],
+)
+def test_the_chosen_threshold_may_be_high_or_low(probabilities, threshold):
+    assert calibrated_table(torch.tensor(probabilities), 1).threshold == threshold
 
 
 @pytest.mark.parametrize("keys", [20, 500])

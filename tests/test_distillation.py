@@ -83,6 +83,39 @@ def test_the_seed_decides():
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
+def test_the_loss_has_the_weights_and_the_temperature_given():
+    """And neither model drops anything, although both are made to in training mode."""
+    config = small_config()
+    config.hidden_dropout_prob = 0.5
+    teacher = BertForQuestionAnswering(config)
+    teacher.qa_outputs.weight.data.mul_(100)  # logits on which the temperature tells
+    student = student_of(teacher)
+    for parameter in student.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    tokens = torch.randint(1, 99, (4, 20))
+    with torch.no_grad():
+        found, target = (model.eval()(tokens, output_hidden_states=True) for model in (student, teacher))
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    first, second = logits_loss(found, target, real, 3.0), hidden_loss(found.hidden_states, target.hidden_states, real)
+    losses = distil(
+        student, teacher.train(), [{"input_ids": row} for row in tokens], epochs=1, learning_rate=1e-9,
+        temperature=3.0, logits_weight=0.5, hidden_weight=4.0, progress=False,
+    )  # fmt: skip
+    assert losses == pytest.approx([0.5 * first.item() + 4.0 * second.item()], rel=1e-3)
+
+
+@pytest.mark.parametrize(("given", "padding"), [(None, 3), (7, 7)])
+def test_padding_is_the_token_given_or_the_configs(given, padding):
+    teacher = teacher_of()
+    teacher.config.pad_token_id = 3
+    student, seen = student_of(teacher), []
+    student.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    inputs = [{"input_ids": [9] * length, "attention_mask": [1, 0] + [1] * (length - 2)} for length in (3, 5)]
+    distil(student, teacher, inputs, epochs=1, pad_token_id=given, progress=False)
+    assert sorted(seen[0]["input_ids"].tolist()) == [[9] * 3 + [padding] * 2, [9] * 5]
+    assert sorted(seen[0]["attention_mask"].tolist()) == [[1, 0, 1, 0, 0], [1, 0, 1, 1, 1]]
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.5])
 def test_padding_has_no_part_in_the_loss(temperature):
     """A batch with padding gives the mean over the sequences, or tokens, of each alone."""
@@ -155,6 +188,11 @@ def test_text_becomes_windows_that_hold_all_of_it(tokenizer):
     assert inside == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def test_windows_have_the_fields_that_the_model_takes(tokenizer):
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    assert text_windows("paris", tokenizer)[0].keys() == {"input_ids"}
+
+
 def test_text_without_tokens_or_room_is_refused(tokenizer):
     with pytest.raises(TypeError, match="text is list, expected one str"):
         text_windows(["paris", "rome"], tokenizer)
@@ -175,11 +213,14 @@ def test_text_without_tokens_or_room_is_refused(tokenizer):
         ({"inputs": [{"input_ids": torch.ones(2, 3)}]}, "input 0 has input_ids with several dimensions"),
         ({"inputs": [{"input_ids": [[1, 2], [3, 4]]}]}, "input 0 has input_ids with several dimensions"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
         ({"logits_weight": 0.0, "hidden_weight": 0.0}, "not both 0"),
         ({"hidden_weight": -1.0}, "hidden_weight -1.0"),
         ({"logits_weight": float("nan")}, "logits_weight nan"),
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"warmup_share": 2.0}, "warmup_share 2.0"),
+        ({"weight_decay": -1.0}, "weight_decay -1.0"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(changes, message):
@@ -216,10 +257,14 @@ def test_models_that_do_not_fit_together_are_refused():
         distil(short, teacher, [{"input_ids": [9] * length} for length in (16, 17)], progress=False)
     with pytest.raises(ValueError, match="one object"):
         distil(teacher, teacher, sequences(4))
-    with pytest.raises(ValueError, match="3 layers of size 64, the teacher 2 of size 64"):
+    for name, value, sizes in (
+        ("num_hidden_layers", 3, "3 layers of size 64"),
+        ("hidden_size", 32, "2 layers of size 32"),
+    ):
         config = small_config()
-        config.num_hidden_layers = 3
-        distil(BertForQuestionAnswering(config), teacher, sequences(4))
+        setattr(config, name, value)
+        with pytest.raises(ValueError, match=f"{sizes}, the teacher 2 of size 64"):
+            distil(BertForQuestionAnswering(config), teacher, sequences(4))
     with pytest.raises(ValueError, match="the student is a BertModel, the teacher a BertForQuestionAnswering"):
         distil(BertModel(small_config()), teacher, sequences(4))
     with pytest.raises(TypeError, match="torch.bfloat16.*model.float"):
@@ -227,5 +272,6 @@ def test_models_that_do_not_fit_together_are_refused():
 
 
 def test_a_student_that_nobody_patched_is_warned_of():
-    with pytest.warns(UserWarning, match=r"the student is not patched.*call patch_bert\(student, mask\)"):
+    with pytest.warns(UserWarning, match=r"the student is not patched.*call patch_bert\(student, mask\)") as warned:
         distil(teacher_of(), teacher_of(), sequences(4), epochs=1, progress=False)
+    assert [one.filename for one in warned if "not patched" in str(one.message)] == [__file__]

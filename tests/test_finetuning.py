@@ -72,8 +72,19 @@ def test_nothing_is_left_in_the_current_folder(tmp_path, monkeypatch, capsys):
     finetune_question_answering(tiny_model(), marked_windows(8), 0, epochs=1, progress=False)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
-    finetune_question_answering(tiny_model(), marked_windows(8), 0, epochs=1, description="learning")
-    assert "learning: 100%" in capsys.readouterr().err
+    losses = finetune_question_answering(tiny_model(), marked_windows(8), 0, epochs=1, description="learning")
+    bar = capsys.readouterr().err
+    assert "learning: 100%" in bar and f"loss={losses[0]:.3f}" in bar
+
+
+def test_a_model_gets_the_inputs_that_it_takes():
+    model, seen = tiny_model(), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    names = ("input_ids", "attention_mask")
+    finetune_question_answering(model, marked_windows(4), 0, epochs=1, input_names=names, progress=False)
+    assert seen == [{*names, "start_positions", "end_positions"}]
+    with pytest.raises(ValueError, match="input_names holds 'tokens'"):
+        finetune_question_answering(model, marked_windows(4), 0, input_names=("tokens",), progress=False)
 
 
 def test_batches_hold_similar_lengths_in_a_new_order_each_pass():
@@ -117,6 +128,7 @@ def test_trains_in_float32_whatever_accelerate_is_told(monkeypatch):
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"head_learning_rate": -1.0}, "head_learning_rate is -1.0"),
+        ({"warmup_share": 1.5}, "warmup_share 1.5"),
         ({"weight_decay": float("nan")}, "weight_decay nan"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"seed": 2**32}, "seed is 4294967296"),
@@ -137,8 +149,9 @@ def test_settings_of_the_wrong_kind_are_refused(changes):
 
 def test_training_that_diverges_says_so():
     settings = {**SETTINGS, "epochs": np.int64(3), "learning_rate": 1e30}
-    with pytest.warns(UserWarning, match="training diverged.*Lower learning_rate, which was 1e"):
+    with pytest.warns(UserWarning, match="training diverged.*Lower learning_rate, which was 1e") as warned:
         losses = finetune_question_answering(tiny_model(), marked_windows(32), 0, **settings)
+    assert [one.filename for one in warned if "diverged" in str(one.message)] == [__file__]
     assert len(losses) == 3 and not any(map(math.isfinite, losses[1:]))
 
 

@@ -1,5 +1,6 @@
 """Column lists: they say exactly what the mask says."""
 
+import copy
 from itertools import accumulate
 
 import pytest
@@ -184,6 +185,24 @@ def test_work_is_what_a_kernel_touches():
     assert layout.work(16) == pytest.approx(0.05) and layout.work(32) == pytest.approx(0.10)
 
 
+def test_work_counts_the_last_group_whole():
+    layout = SparseLayout(torch.ones(2, 20, 30, dtype=torch.bool))
+    assert layout.work(16) == layout.work(64) == 1.0
+
+
+def test_spread_says_how_unlike_neighbouring_queries_are():
+    keep = torch.zeros(1, 64, 100, dtype=torch.bool)
+    assert SparseLayout(keep).spread == SparseLayout(~keep).spread == 1.0
+    for group in range(4):
+        keep[:, 16 * group : 16 * group + 16, 10 * group : 10 * group + 10] = True
+    assert SparseLayout(keep).spread == 4.0
+
+
+def test_copies_of_a_model_share_its_layouts():
+    layout = SparseLayout(torch.ones(1, 4, 4, dtype=torch.bool))
+    assert copy.deepcopy(layout) is layout
+
+
 def test_what_a_layout_cannot_do_is_named():
     layout = GlobalMask.random(1, 2, 40, sparsity=0.5).layout(0)
     with pytest.raises(ValueError, match="rows is 0, expected a whole number, at least 1"):
@@ -204,5 +223,7 @@ def test_bias_and_bad_masks():
         layout.lists(24)
     with pytest.raises(ValueError, match="not from torch.float32"):
         SparseLayout(torch.ones(1, 2, 2))
+    with pytest.raises(ValueError, match=r"\[heads, query_len, key_len\], not from torch.bool \(2, 2\)"):
+        SparseLayout(torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="at least one head"):
         SparseLayout(torch.ones(1, 0, 2, dtype=torch.bool))

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,30 +131,10 @@ def test_a_diagonal_beyond_the_budget_is_warned_about(made):
         mask()
 
 
-@pytest.mark.parametrize("length", [17, 33, 390])
-@pytest.mark.parametrize("sparsity", [0.5, 0.9])
-def test_tiles_count_as_the_positions_that_they_have(length, sparsity):
-    """The last queries may be few, and their tiles large or small on average."""
-    for factor in (0.1, 10.0):
-        mean = torch.rand(1, 2, length, length, dtype=torch.float64)
-        mean[:, :, length // 16 * 16 :] *= factor
-        mask = GlobalMask.from_averages(AttentionAverages.from_mean(mean), sparsity, "tile", keep_diagonal=False)
-        assert abs(mask.density().mean().item() - (1 - sparsity)) <= 8 / (2 * length**2)
-
-
 def test_sparsity_zero_keeps_everything_seen():
     averages = worked_example()
     keep = GlobalMask.from_averages(averages, 0.0).keep
     assert torch.equal(keep[0, 0], (averages.counts > 0) | torch.eye(4, dtype=torch.bool))
-
-
-def test_tiles_rank_by_their_mean():
-    mean = torch.zeros(1, 1, 32, 32, dtype=torch.float64)
-    mean[0, 0, :16, 5] = 0.2  # 16 rows of 0.2 beat one row of 0.9
-    mean[0, 0, 3, 7] = 0.9
-    averages = averages_of(mean, counts=torch.ones(32, 32))
-    mask = GlobalMask.from_averages(averages, 1 - 1 / 64, granularity="tile", keep_diagonal=False)
-    assert mask.keep[0, 0, :16, 5].all() and int(mask.keep.sum()) == 16
 
 
 @pytest.mark.parametrize(("longest", "warned"), [(6, True), (7, False), (12, False)])
@@ -164,6 +145,7 @@ def test_averages_of_short_sequences_are_warned_about(longest, warned, recwarn):
     messages = [str(one.message) for one in recwarn]
     assert len(messages) == warned
     assert not warned or "for 12 positions, but the longest sequence had 6" in messages[0]
+    assert all(one.filename == __file__ for one in recwarn)
 
 
 def test_unseen_positions_are_pruned_but_for_the_diagonal():
@@ -226,10 +208,13 @@ def test_bad_arguments_are_named():
         GlobalMask.from_function(lambda *_: None, 1, 1, 4)
     with pytest.raises(ValueError, match="layers is 5, but the mask has shape"):
         GlobalMask.from_tensor(torch.ones(2, 1, 4, 4, dtype=torch.bool), layers=5)
+    with pytest.raises(ValueError, match=r"heads is 5, but the mask has shape \(2, 1, 4, 4\)"):
+        GlobalMask.from_tensor(torch.ones(2, 1, 4, 4, dtype=torch.bool), heads=5)
     with pytest.raises(ValueError, match="cannot be combined"):
         GlobalMask.random(1, 1, 4, sparsity=0.5) & GlobalMask.random(1, 1, 5, sparsity=0.5)
-    with pytest.raises(ValueError, match="layer is 1; the mask has layers 0 to 0"):
-        GlobalMask.random(1, 1, 4, sparsity=0.5).layout(1)
+    for layer in (1, -1):
+        with pytest.raises(ValueError, match=f"layer is {layer}; the mask has layers 0 to 0"):
+            GlobalMask.random(1, 1, 4, sparsity=0.5).layout(layer)
     with pytest.raises(TypeError, match="layer is 0.0, expected the index"):
         GlobalMask.random(1, 1, 4, sparsity=0.5).layout(0.0)
     with pytest.raises(ValueError, match="device is 'gpu', which this torch has not"):
@@ -253,6 +238,13 @@ def test_functions_tensors_and_logic():
     assert copy.deepcopy(band) == band
 
 
+def test_a_function_is_told_layer_head_query_and_key():
+    mask = GlobalMask.from_function(lambda *places: sum(f * p for f, p in zip((1, 2, 4, 8), places)) % 5 == 0, 2, 3, 4)
+    layer, head, query, key = (torch.arange(size) for size in (2, 3, 4, 4))
+    total = layer.view(-1, 1, 1, 1) + 2 * head.view(-1, 1, 1) + 4 * query.view(-1, 1) + 8 * key
+    assert torch.equal(mask.keep, total % 5 == 0)
+
+
 def test_retained_attention():
     averages = worked_example()
     mask = GlobalMask.from_averages(averages, 0.5, strict=True)
@@ -262,6 +254,31 @@ def test_retained_attention():
     torch.testing.assert_close(full.retained_attention(averages), torch.ones(1, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="do not fit a mask"):
         GlobalMask.random(1, 1, 4, sparsity=0.5).retained_attention(averages)
+
+
+def test_a_head_without_attention_retains_none():
+    sums = torch.rand(1, 2, 4, 4, dtype=torch.float64)
+    sums[0, 1] = 0
+    share = GlobalMask.random(1, 2, 4, sparsity=0.5).retained_attention(AttentionAverages(sums, torch.ones(4, 4)))
+    assert 0 < share[0, 0] < 1 and share[0, 1] == 0
+
+
+def test_metadata_say_how_the_mask_was_made():
+    made = {"sparsity": 0.5}
+    mask = GlobalMask(torch.ones(1, 1, 2, 2, dtype=torch.bool), made)
+    made["sparsity"] = 0.9
+    assert mask.metadata == {"sparsity": 0.5}  # its own
+    mask = GlobalMask.from_averages(averages_of(torch.rand(1, 1, 4, 4), model="m"), 0.5, scope="head")
+    assert mask.metadata == {
+        "sparsity": 0.5, "granularity": "element", "scope": "head", "keep_diagonal": True, "strict": False,
+        "averages": {"model": "m"},
+    }  # fmt: skip
+
+
+def test_a_sparsity_of_numpy_is_saved(tmp_path):
+    GlobalMask.random(1, 2, 8, sparsity=np.float32(0.5), seed=3).save(tmp_path / "m.safetensors")
+    made = {"sparsity": 0.5, "granularity": "element", "random_seed": 3}
+    assert GlobalMask.load(tmp_path / "m.safetensors").metadata == made
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 7, 5), (1, 2, 64, 64)])

@@ -120,8 +120,12 @@ def test_bad_tables():
         quantize([0.1], 3)
     with pytest.raises(ValueError, match="threshold is 1.5"):
         log_table(3, threshold=1.5)
-    with pytest.raises(ValueError, match="has 3 values"):
-        QuantizationTable(1e-3, (0.0, 0.1, 0.2))
+    for count in (0, 1, 3, 512):
+        with pytest.raises(ValueError, match=f"levels has {count} values"):
+            QuantizationTable(1e-3, (0.0,) * count)
+    for threshold in (0.0, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"threshold is {threshold}, expected a probability strictly between"):
+            QuantizationTable(threshold, (0.0, 0.5))
     for levels in ((0.1, 0.2), (0.0, -0.5), (0.0, 1e30), (0.0, float("nan"))):
         with pytest.raises(ValueError, match=r"expected numbers from 0 to 65504; the first is 0.0"):
             QuantizationTable(1e-3, levels)
