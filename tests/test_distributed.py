@@ -108,3 +108,17 @@ def test_logits_follow_the_windows_whatever_the_batches():
         predict(model, windows, pad, batches=batches[1:], progress=False)
     with pytest.raises(ValueError, match="no windows to predict"):
         predict(model, [], pad, progress=False)
+
+
+def test_a_model_predicts_from_what_it_takes():
+    model, windows, seen = work.model(), work.windows()[:5], []
+    names, quiet = ("input_ids", "attention_mask"), {"progress": False}
+
+    def note(module, args, kwargs):
+        seen.append({name: tuple(tensor.shape) for name, tensor in kwargs.items()})
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    predict(model, windows, work.TOKENIZER.pad_token_id, batch_size=2, pad_to=30, input_names=names, **quiet)
+    assert seen == [dict.fromkeys(names, (rows, 30)) for rows in (2, 2, 1)]
+    with pytest.raises(ValueError, match="input_names holds 'tokens'"):
+        predict(model, windows, work.TOKENIZER.pad_token_id, input_names=("tokens",), **quiet)

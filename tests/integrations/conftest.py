@@ -5,6 +5,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertModel
 from transformers.masking_utils import eager_mask
 
+from sparse_attn.integrations import onednn
 from tests.helpers import DEVICE
 
 TWIN = "masked_eager_twin"
@@ -59,6 +60,27 @@ def twin(model):
             return dense(**inputs)
 
     return run
+
+
+@pytest.fixture
+def bert() -> BertModel:
+    """A BERT on the CPU, as the tests of all families have it."""
+    from tests.integrations.test_families import make
+
+    return make("BERT").cpu()
+
+
+@pytest.fixture
+def any_rows(monkeypatch):
+    """oneDNN takes the few rows that tests have."""
+    monkeypatch.setattr(onednn, "_LEAST_ROWS", 1)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Feed-forward parts take 16 rows of the tests' models at a time."""
+    monkeypatch.setattr(onednn, "_REUSED_BYTES", 0)
+    monkeypatch.setattr(onednn, "_PIECE_BYTES", 31 * 4 * small_config().intermediate_size)
 
 
 def padded_inputs(lengths=(20, 13, 1), side="right") -> dict[str, torch.Tensor]:

@@ -111,6 +111,16 @@ def test_a_module_around_a_model():
         patch_model(nn.Linear(2, 2), MASK)
 
 
+class BertSelfAttention(nn.Module):
+    """Has the name of transformers' class."""
+
+
+def test_modules_of_others_with_the_same_name_do_not_count():
+    model = make("BERT")
+    model.extra = BertSelfAttention()
+    assert len(encoder_of(model).attention) == LAYERS
+
+
 def test_refusals():
     with pytest.raises(TypeError, match="RobertaModel is a RoBERTa, not a BERT; patch_model patches it"):
         patch_bert(make("RoBERTa"), MASK)

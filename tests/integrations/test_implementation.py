@@ -10,6 +10,7 @@ from transformers import (
     EncoderDecoderConfig,
     EncoderDecoderModel,
 )
+from transformers.masking_utils import causal_mask_function
 from transformers.models.bert import modeling_bert
 
 from sparse_attn import GlobalMask, collect_averages, is_patched, patch_bert, unpatch
@@ -103,6 +104,13 @@ def test_another_attention_set_after_patching_is_named(model):
     run(unpatch(model), inputs)
 
 
+def test_a_model_that_keeps_its_attention_is_named(model, monkeypatch):
+    """transformers only logs that."""
+    monkeypatch.setattr(model, "set_attn_implementation", lambda name: None)
+    with pytest.raises(RuntimeError, match="left BertModel with attention 'sdpa' when asked for 'sparse_attn'"):
+        patch_bert(model, MASK)
+
+
 def test_the_implementation_without_a_mask_is_named(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = BertModel.from_pretrained(tmp_path, attn_implementation="sparse_attn").to(DEVICE)
@@ -128,3 +136,27 @@ def test_registered_name_is_accepted_by_transformers(model):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     assert routing.ATTENTION_NAME in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "message"),
+    [
+        ({"use_vmap": True}, "packed position_ids are not supported"),
+        ({"mask_function": lambda *places: causal_mask_function(*places)}, "packed position_ids are not supported"),
+        ({"kv_offset": 2}, "dynamic key-value caches only"),
+    ],
+)
+def test_what_a_padding_mask_cannot_say_is_refused(asked_for, message):
+    assert routing.padding_mask(1, 4, 4) is None
+    with pytest.raises(ValueError, match=message):
+        routing.padding_mask(1, 4, 4, **asked_for)
+
+
+def test_a_callers_padding_mask_may_change_between_passes(model):
+    patch_bert(model, MASK, unpad=False)
+    inputs = inputs_of((20, 20))
+    mask = inputs["attention_mask"] = inputs["attention_mask"].bool()
+    for length in (8, 12):
+        mask[:] = torch.arange(20, device=DEVICE) < length
+        fresh = inputs | {"attention_mask": mask.clone()}
+        close(run(model, inputs).last_hidden_state, run(model, fresh).last_hidden_state, fresh)

@@ -2,11 +2,9 @@
 
 import copy
 import pickle
-from collections import Counter
 
 import pytest
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
@@ -16,42 +14,13 @@ from sparse_attn.integrations import onednn
 from sparse_attn.integrations.models import encoder_of
 from sparse_attn.integrations.onednn import onednn_dtypes
 from tests.integrations.conftest import padded_inputs, small_config
+from tests.integrations.onednn_operators import GELU, LINEAR, ONEDNN, TANH, Operators, operators_of
 from tests.integrations.test_families import MASK, MODELS, make
 
-pytestmark = pytest.mark.skipif(not onednn_dtypes(), reason="torch is built without oneDNN")
-
-ONEDNN, LINEAR = "mkldnn._linear_pointwise.default", "aten.addmm.default"
-GELU, TANH = "aten.gelu.default", "aten.tanh.default"
-
-
-@pytest.fixture(autouse=True)
-def any_rows(monkeypatch):
-    """The inputs here are small."""
-    monkeypatch.setattr(onednn, "_LEAST_ROWS", 1)
-
-
-class Operators(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.counts[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def operators_of(model, inputs, gradients=False):
-    with Operators() as operators, torch.set_grad_enabled(gradients):
-        output = model(**inputs)
-    return output.last_hidden_state, operators.counts
-
-
-@pytest.fixture
-def bert():
-    """A BERT on the CPU."""
-    return make("BERT").cpu()
+pytestmark = [
+    pytest.mark.skipif(not onednn_dtypes(), reason="torch is built without oneDNN"),
+    pytest.mark.usefixtures("any_rows"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,13 +66,6 @@ def test_every_activation(activation):
         counts[name] for name in (GELU, TANH, "aten.erf.default", "aten.relu.default", "aten.silu.default")
     )
     assert counts[ONEDNN] == 12 and elementwise == (2 if activation in ("relu", "silu") else 0)
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    """Feed-forward parts take 16 rows of the tests' models at a time."""
-    monkeypatch.setattr(onednn, "_REUSED_BYTES", 0)
-    monkeypatch.setattr(onednn, "_PIECE_BYTES", 31 * 4 * small_config().intermediate_size)
 
 
 class Products(TorchDispatchMode):
@@ -192,30 +154,6 @@ def test_what_the_operator_lacks(bert, kind):
     torch.testing.assert_close(output.float(), expected, atol=0.2, rtol=0.1)
 
 
-def test_hooks_see_what_they_are_put_on(bert):
-    patch_model(bert, MASK, onednn=True)
-    block = bert.encoder.layer[0].intermediate
-    seen = []
-    block.dense.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
-    _, counts = operators_of(bert, padded_inputs())
-    assert counts[GELU] == 1
-    torch.testing.assert_close(seen[0][1], torch.nn.functional.linear(seen[0][0], block.dense.weight, block.dense.bias))
-
-
-def test_hooks_of_all_modules_see_them_too(bert, small_pieces):
-    patch_model(bert, MASK, onednn=True)
-    linear, seen = bert.encoder.layer[0].intermediate.dense, []
-
-    def hook(module, args, output):
-        if module is linear:
-            seen.append((args[0], output))
-
-    with register_module_forward_hook(hook):
-        operators_of(bert, padded_inputs())
-    ((input, output),) = seen
-    torch.testing.assert_close(output, torch.nn.functional.linear(input, linear.weight, linear.bias))
-
-
 def test_forward_mode_gradients_go_through_linear_layers(bert):
     patch_model(bert, MASK, onednn=True)
     linear = bert.encoder.layer[0].intermediate.dense
@@ -223,43 +161,6 @@ def test_forward_mode_gradients_go_through_linear_layers(bert):
     with torch.no_grad():
         _, output = torch.func.jvp(linear, (input,), (tangent,))
     torch.testing.assert_close(output, torch.nn.functional.linear(tangent, linear.weight))
-
-
-class Adapter(torch.nn.Module):
-    """Adds to a layer, as LoRA does."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base
-
-    def forward(self, input):
-        return self.base_layer(input) + input.sum(-1, keepdim=True)
-
-
-def replaced_by_an_adapter(block):
-    block.dense = Adapter(block.dense)
-
-
-def replaced_activation(block):
-    block.intermediate_act_fn = torch.nn.ReLU()
-
-
-def other_forward(block):
-    linear = block.dense
-    block.dense.forward = lambda input: 2 * type(linear).forward(linear, input)
-
-
-@pytest.mark.parametrize("change", [replaced_by_an_adapter, replaced_activation, other_forward])
-def test_layers_that_are_changed_after_patching(bert, change):
-    """GELU is fused only where the block still hands the layer's own output to it."""
-    twin, inputs = copy.deepcopy(bert), padded_inputs()
-    patch_model(bert, MASK, onednn=True)
-    patch_model(twin, MASK, onednn=False)
-    for model in (bert, twin):
-        for layer in model.encoder.layer:
-            change(layer.intermediate)
-    ours, theirs = operators_of(bert, inputs)[0], operators_of(twin, inputs)[0]
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_a_layer_called_by_itself_is_linear(bert):
@@ -282,14 +183,6 @@ def test_can_be_traced(bert):
         torch.testing.assert_close(traced(expected), block(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_forward_methods_of_others_are_left_alone(bert):
-    linear = bert.encoder.layer[0].attention.self.query
-    linear.forward = own = lambda input: torch.nn.Linear.forward(linear, input)
-    patch_model(bert, MASK, onednn=True)
-    assert linear.forward is own and operators_of(bert, padded_inputs())[1][ONEDNN] == 6 * MASK.layers - 1
-    assert unpatch(bert) is bert and linear.forward is own
-
-
 def test_numbers_of_rows_recur_in_float32(bert):
     """oneDNN keeps a kernel for each; batches that never had padding get rows that are dropped again."""
     block, input = bert.encoder.layer[0].intermediate, torch.randn(3, 67, 64)
@@ -303,6 +196,39 @@ def test_numbers_of_rows_recur_in_float32(bert):
     for own, other in zip(found, expected, strict=True):
         torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
     assert found[0].is_contiguous() and found[0].shape == (3, 67, 64)
+
+
+def test_a_traced_feed_forward_part_serves_other_numbers_of_rows(bert, small_pieces):
+    patch_model(bert, MASK, onednn=True, unpad=False)
+    layer, other = bert.requires_grad_(False).encoder.layer[0], torch.randn(1, 25, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda input: layer.feed_forward_chunk(input), torch.randn(1, 40, 64))
+        torch.testing.assert_close(traced(other), layer.feed_forward_chunk(other), atol=1e-5, rtol=1e-5)
+
+
+def test_inputs_of_another_dtype_are_refused_by_torch(bert):
+    patch_model(bert, MASK, onednn=True)
+    linear = bert.encoder.layer[0].intermediate.dense
+    with torch.no_grad(), pytest.raises(RuntimeError, match="same dtype"):
+        linear(torch.randn(4, 2, linear.in_features, dtype=torch.bfloat16))
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that is not a plain one, as quantised weights are."""
+
+
+@pytest.mark.parametrize("wrapped", ["weight", "input", "neither"])
+def test_tensors_of_other_classes_are_left_to_torch(bert, wrapped):
+    patch_model(bert, MASK, onednn=True)
+    linear = bert.encoder.layer[0].intermediate.dense
+    input = torch.randn(4, 2, linear.in_features)
+    if wrapped == "weight":
+        linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Wrapped))
+    elif wrapped == "input":
+        input = input.as_subclass(Wrapped)
+    with Operators() as operators, torch.no_grad():
+        linear(input)
+    assert operators.counts[ONEDNN] == (wrapped == "neither")
 
 
 def test_no_tokens(bert):

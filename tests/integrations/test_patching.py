@@ -238,7 +238,7 @@ def test_gradients_equal_masked_eager(model, backend):
 
 def layers_with_lists_for_gradients(mask):
     layouts = [mask.layout(layer, DEVICE) for layer in range(mask.layers)]
-    return sum(any(transposed for _, transposed in (*each._lists, *each._step_lists)) for each in layouts)
+    return sum(any(form[1] for form in (*each._lists, *each._step_lists)) for each in layouts)
 
 
 def test_a_frozen_model_holds_no_lists_for_gradients_until_it_trains(model):

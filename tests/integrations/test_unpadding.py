@@ -137,15 +137,19 @@ def test_a_copy_of_the_model_drops_its_own_padding(model):
     assert not twin.encoder._forward_pre_hooks
 
 
-@pytest.mark.parametrize("kind", ["cache", "chunks"])
+@pytest.mark.parametrize("kind", ["cache", "chunks", "cross-attention"])
 def test_what_needs_padded_tensors_keeps_them(kind):
     torch.manual_seed(0)
-    config = small_config(is_decoder=True) if kind == "cache" else small_config(chunk_size_feed_forward=5)
-    model = (BertLMHeadModel if kind == "cache" else BertModel)(config).eval().to(DEVICE)
-    seen = []
+    cross = dict(use_cache=False, encoder_hidden_states=torch.randn(3, 7, 64, device=DEVICE))
+    cls, settings, arguments = {
+        "cache": (BertLMHeadModel, dict(is_decoder=True), dict(use_cache=True)),
+        "chunks": (BertModel, dict(chunk_size_feed_forward=5), {}),
+        "cross-attention": (BertModel, dict(is_decoder=True, add_cross_attention=True), cross),
+    }[kind]
+    model, seen = cls(small_config(**settings)).eval().to(DEVICE), []
     encoder = next(module for module in model.modules() if isinstance(module, BertEncoder))
     encoder.layer[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
-    padded, packed = both(model, inputs_of(), **({"use_cache": True} if kind == "cache" else {}))
+    padded, packed = both(model, inputs_of(), **arguments)
     assert seen == [3, 3] and torch.equal(padded[0], packed[0])
 
 

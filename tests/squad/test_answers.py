@@ -96,6 +96,8 @@ def test_the_best_window_wins_and_questions_stay_apart():
     assert best_answers(questions, windows, start, end) == {"one": "ij", "two": "yy"}
     start[0][5] = 6
     assert best_answers(questions, windows, start, end) == {"one": "ab", "two": "yy"}
+    start[0][5] = 5  # a tie: 5 + 3 and 4 + 4
+    assert best_answers(questions, windows, start, end) == {"one": "ab", "two": "yy"}
 
 
 def test_tensors_and_padded_rows_are_taken():
@@ -106,6 +108,31 @@ def test_tensors_and_padded_rows_are_taken():
     start[tokens + 1] = end[tokens + 2] = 90
     start[FIRST + 2] = end[FIRST + 3] = 5
     assert best_answers([QUESTION], windows, [start], [end]) == {"q": "cd"}
+
+
+def test_logits_outside_the_context_may_be_infinite():
+    windows = make_windows([QUESTION], TOKENIZER)
+    start, end = (np.full(len(windows[0].input_ids), -np.inf) for _ in range(2))
+    start[FIRST : FIRST + 8] = end[FIRST : FIRST + 8] = 0
+    start[FIRST + 2] = end[FIRST + 3] = 1
+    assert best_answers([QUESTION], windows, [start], [end]) == {"q": "cd"}
+
+
+def test_20_starts_and_ends_and_30_tokens_are_the_defaults():
+    question = ask(" ".join("a" * 40), "a")
+    (window,) = windows = make_windows([question], TOKENIZER)
+    first = next(token for token, span in enumerate(window.offsets) if span)
+
+    def words(starts, ends):
+        start, end = np.zeros((2, len(window.input_ids)))
+        for logits, values in ((start, starts), (end, ends)):
+            for token, value in values.items():
+                logits[first + token] = value
+        return len(best_answers([question], windows, [start], [end])["q"].split())
+
+    assert words({0: 9}, {29: 5, 30: 6}) == 30
+    before = {token: 30 - token for token in range(19)}  # 19 likelier ends, all before the likeliest start
+    assert words({20: 100}, before | {25: 1}) == 6
 
 
 def test_wrong_logits_are_named():

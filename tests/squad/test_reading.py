@@ -194,6 +194,9 @@ def test_files_that_are_no_json_are_named(tmp_path):
     path.write_bytes(b'{"data": "\xff\xfe"}')
     with pytest.raises(ValueError, match=r"cut\.json: not UTF-8"):
         read_squad(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"cut\.json: .*nested too deeply"):
+        read_squad(path)
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="top level: of type array; expected an object"):
         read_squad(path)
@@ -212,6 +215,16 @@ def test_no_article_is_on_both_sides():
     assert sorted(train + held_out, key=lambda question: int(question.id)) == questions
     assert split_articles(questions) == (train, held_out)
     assert split_articles(questions, seed=1) != (train, held_out)
+
+
+def test_the_order_of_questions_does_not_decide_a_split():
+    questions = questions_on("abcdefgh")
+    (train, _), (other, _) = split_articles(questions), split_articles(questions[::-1])
+    assert other == train[::-1]
+
+
+def test_a_share_is_rounded_to_articles():
+    assert [len(part) for part in split_articles(questions_on("abcdefgh"), train_share=0.7)] == [6, 2]
 
 
 def test_both_sides_get_an_article_at_any_share():

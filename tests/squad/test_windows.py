@@ -35,6 +35,13 @@ def test_windows_by_hand():
     )
 
 
+def test_384_tokens_of_which_128_are_shared_are_the_default():
+    first, second, *_ = make_windows([ask(" ".join("a" * 600), "a")], TOKENIZER)
+    assert len(first.input_ids) == 384
+    ours, theirs = ([span for span in window.offsets if span] for window in (first, second))
+    assert ours[-128:] == theirs[:128]
+
+
 @settings(deadline=None)
 @given(contexts, strategies.data(), strategies.integers(10, 60))
 def test_every_character_is_inside_a_window(context, data, max_length):
