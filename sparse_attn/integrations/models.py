@@ -114,7 +114,10 @@ def encoder_of(model: nn.Module) -> Encoder:
         if modules:
             stacks = [module for module in inner.modules() if is_a(module, family.stack)]
             return Encoder(family, inner, _one_a_layer(inner, family, modules), stacks)
-    raise TypeError(f"{type(inner).__name__} has no attention that can be patched; expected a model of {supported}")
+    raise TypeError(
+        f"{type(inner).__name__} has no attention that can be patched; expected a model of {supported}. In a model of "
+        "your own, call sparse_attention"
+    )
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -123,7 +126,10 @@ def _transformers_model(model: nn.Module) -> PreTrainedModel:
     found = [] if not isinstance(model, nn.Module) else list(_outermost(model))
     if len(found) != 1:
         what = f"holds {len(found)} transformers models" if found else "is not a transformers model and holds none"
-        raise TypeError(f"{type(model).__name__} {what}; expected one, such as BertModel or a Bert model with a head")
+        raise TypeError(
+            f"{type(model).__name__} {what}; expected one, such as BertModel or a Bert model with a head, which "
+            "from_pretrained(name) makes"
+        )
     return found[0]
 
 

@@ -207,7 +207,10 @@ def _as_mask(mask: GlobalMask | Tensor | str | os.PathLike) -> GlobalMask:
         return GlobalMask.from_tensor(mask)
     if isinstance(mask, (str, os.PathLike)):
         return GlobalMask.load(Path(mask))
-    raise TypeError(f"mask is {type(mask).__name__}, expected GlobalMask, a boolean tensor or the path of a saved mask")
+    raise TypeError(
+        f"mask is {type(mask).__name__}, expected GlobalMask (averages make one: GlobalMask.from_averages(averages, "
+        "sparsity)), a boolean tensor or the path of a saved mask"
+    )
 
 
 def _check_mask(encoder: Encoder, mask: GlobalMask) -> None:
