@@ -12,21 +12,20 @@ from torch.nn.functional import kl_div, mse_loss
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .arguments import expect_kind, expect_numbers, expect_whole
+from .arguments import expect_numbers, expect_whole
 from .cutting import Cut, expect_fast_tokenizer
-from .integrations.models import evaluating
+from .integrations.models import evaluating, inner_model
 from .integrations.transformers import is_patched
 from .training import GroupedTrainer, Schedule, train
 
 Example = Mapping[str, Sequence[int]]
 _OVER_TOKENS = ("start_logits", "end_logits")  # [batch, length]: a softmax over a sequence's tokens
-_A_MODEL = "a transformers model; of a module around one, such as a SentenceTransformer, pass the one inside"
 _YES_OR_NO = "ElectraForPreTrainingOutput"  # its logits [batch, length] are those of a sigmoid for each token
 
 
 def distil(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    student: nn.Module,
+    teacher: nn.Module,
     inputs: Sequence[Example],
     *,
     epochs: int = 5,
@@ -63,8 +62,8 @@ def distil(
     transformers' Trainer: `torchrun` and `accelerate launch` share the batches among processes.
 
     Args:
-        student: a model of transformers in float32, on the device to train on; changed in place and left in
-            evaluation mode.
+        student: a model of transformers in float32, or a module around one, such as a SentenceTransformer, on the
+            device to train on; changed in place and left in evaluation mode.
         teacher: a model with the same kind of head, layers and hidden size. It runs without gradients and dropout, and
             is not changed but moved to the student's device.
         inputs: sequences of tokens without padding: what `tokenizer(text)` gives for each, or `text_windows`.
@@ -90,10 +89,11 @@ def distil(
         ValueError: no inputs, fields of different lengths, an input longer than the student's mask, models that do not
             fit together, a number out of range.
         TypeError: weights of a dtype other than float32, inputs that are no sequence of mappings of whole numbers,
-            student or teacher that are no models of transformers.
+            student or teacher that neither are models of transformers nor hold one.
 
     Warns of a student that is not patched, and where training diverged.
     """
+    student, teacher = inner_model(student), inner_model(teacher)
     _check(student, teacher, inputs)
     expect_whole(0, or_none=True, pad_token_id=pad_token_id)
     expect_numbers(temperature=temperature, logits_weight=logits_weight, hidden_weight=hidden_weight)
@@ -199,7 +199,6 @@ def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor
 
 
 def _check(student: PreTrainedModel, teacher: PreTrainedModel, inputs: Sequence[Example]) -> None:
-    expect_kind(PreTrainedModel, _A_MODEL, student=student, teacher=teacher)
     if is_patched(teacher) and not is_patched(student):
         raise ValueError(
             "the teacher is patched and the student is not; expected the dense model as teacher: swap them"

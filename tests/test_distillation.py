@@ -104,6 +104,16 @@ def test_the_loss_has_the_weights_and_the_temperature_given():
     assert losses == pytest.approx([0.5 * first.item() + 4.0 * second.item()], rel=1e-3)
 
 
+def test_modules_around_models_are_taken():
+    """Such as a SentenceTransformer."""
+    teacher, settings = teacher_of(), {"epochs": 1, "progress": False}
+    alone, inside = student_of(teacher), student_of(teacher)
+    losses = distil(alone, teacher, sequences(8), **settings)
+    around = [torch.nn.Sequential(model, torch.nn.Identity()) for model in (inside, teacher)]
+    assert distil(*around, sequences(8), **settings) == losses
+    assert torch.equal(weights(inside), weights(alone))
+
+
 @pytest.mark.parametrize(("given", "padding"), [(None, 3), (7, 7)])
 def test_padding_is_the_token_given_or_the_configs(given, padding):
     teacher = teacher_of()
@@ -250,8 +260,8 @@ def test_models_that_do_not_fit_together_are_refused():
         distil(teacher_of(), patch_bert(teacher_of(), GlobalMask.random(2, 2, 64, sparsity=0.5)), sequences(4))
     with pytest.raises(ValueError, match=r"are frozen; .*requires_grad_\(True\)"):
         distil(student_of(teacher).requires_grad_(False), teacher, sequences(4), progress=False)
-    with pytest.raises(TypeError, match="student is Sequential, expected a transformers model.*the one inside"):
-        distil(torch.nn.Sequential(student_of(teacher)), teacher, sequences(4))
+    with pytest.raises(TypeError, match="Linear is not a transformers model and holds none"):
+        distil(student_of(teacher), torch.nn.Linear(2, 2), sequences(4))
     short = patch_bert(teacher_of(), GlobalMask.random(2, 2, 16, sparsity=0.5))
     with pytest.raises(ValueError, match="example 1 has 17 tokens, the model's mask covers 16; cut it"):
         distil(short, teacher, [{"input_ids": [9] * length} for length in (16, 17)], progress=False)

@@ -107,7 +107,7 @@ def encoder_of(model: nn.Module) -> Encoder:
         TypeError: there is no such model in it, or several.
         ValueError: an ALBERT whose groups hold several layers.
     """
-    inner = _transformers_model(model)
+    inner = inner_model(model)
     supported = ", ".join(family.name for family in FAMILIES)
     for family in FAMILIES:
         modules = [module for module in inner.modules() if is_a(module, family.attention)]
@@ -120,7 +120,9 @@ def encoder_of(model: nn.Module) -> Encoder:
     )
 
 
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """A model of transformers itself, or the one in a module around it. Raises TypeError where there is none, or
+    several."""
     if isinstance(model, PreTrainedModel):
         return model
     found = [] if not isinstance(model, nn.Module) else list(_outermost(model))

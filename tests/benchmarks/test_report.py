@@ -85,9 +85,9 @@ def test_the_examples_of_the_readme_run(model_folder, tmp_path, monkeypatch):
     names = {}
     exec(first.replace("deepset/bert-base-cased-squad2", str(model_folder)), names)
     assert names["logits"].shape[0] == 2 and is_patched(names["model"])
-    assert GlobalMask.load("mask.safetensors") == names["mask"]
     pruned = names["model"]
     exec(second, names)
+    assert GlobalMask.load("pruned/mask.safetensors") == names["mask"]
     assert is_patched(names["model"]) and names["model"] is not pruned and not is_patched(names["dense"])
     state = next(module for module in names["model"].modules() if isinstance(module, SparseAttentionState))
     assert [table.bits for table in state.tables] == [3, 3] and log_table(3) not in state.tables
