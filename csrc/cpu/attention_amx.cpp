@@ -28,7 +28,11 @@ SPARSE_ATTN_INSTRUCTIONS_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,av
 namespace sparse_attn {
 
 const Kernels AMX_KERNELS = {
-    tile_unit::KERNELS_NAME, amx::Workspace::floats, amx::forward, amx::backward_query, amx::backward_key_value};
+    tile_unit::KERNELS_NAME,
+    amx::Workspace::floats,
+    amx::forward_any,
+    amx::backward_query_any,
+    amx::backward_key_value_any};
 
 }  // namespace sparse_attn
 SPARSE_ATTN_INSTRUCTIONS_END

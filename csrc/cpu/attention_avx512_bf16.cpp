@@ -17,9 +17,9 @@ namespace sparse_attn {
 const Kernels AVX512_BF16_KERNELS = {
     "avx512_bf16",
     avx512_bf16::Workspace::floats,
-    avx512_bf16::forward,
-    avx512_bf16::backward_query,
-    avx512_bf16::backward_key_value};
+    avx512_bf16::forward_any,
+    avx512_bf16::backward_query_any,
+    avx512_bf16::backward_key_value_any};
 
 }  // namespace sparse_attn
 SPARSE_ATTN_INSTRUCTIONS_END

@@ -94,7 +94,7 @@ inline bool rows_are_pairs(const Backward& call) {
       call, {call.query, call.key, call.value, call.grad_output, call.grad_query, call.grad_key, call.grad_value});
 }
 
-// `FloatSide` for rows in pairs.
+// What `FloatSide` (attention_floats.h) is for rows of float32, for rows in pairs.
 struct BFloat16Side {
   int64_t dims;
   float factor;

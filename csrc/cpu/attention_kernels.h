@@ -3,24 +3,22 @@
 // nothing: its elements are broadcast. Compiled once for each instruction set.
 #pragma once
 
-#include "attention_floats.h"
 #if defined(SPARSE_ATTN_TILE_PRODUCTS)
 #include "attention_tiles.h"
 #elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
 #include "attention_bfloat16.h"
+#else
+#include "attention_floats.h"
 #endif
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
 #if defined(SPARSE_ATTN_TILE_PRODUCTS)
-using PairSide = TileSide;
+using Side = TileSide;
 #elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
-using PairSide = BFloat16Side;
+using Side = BFloat16Side;
 #else
-using PairSide = FloatSide;
-constexpr bool rows_are_pairs(const Call&) {
-  return false;
-}
+using Side = FloatSide;
 #endif
 
 // Where a part of a group begins: with lane 0 in row `shift` of the group.
@@ -110,8 +108,7 @@ SPARSE_ATTN_INLINE void prefetch_around(
   }
 }
 
-template <class Side>
-inline void forward_with(const Forward& call, const Task& task, float* memory) {
+inline void forward(const Forward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
   const Head query = head_of(call, call.query, sequence, task.head);
@@ -187,8 +184,7 @@ inline void forward_with(const Forward& call, const Task& task, float* memory) {
 }
 
 // dq of a group of queries, and delta = rowsum(p * dp) of its rows for `backward_key_value`.
-template <class Side>
-inline void backward_query_with(const Backward& call, const Task& task, float* memory) {
+inline void backward_query(const Backward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
   const Head query = head_of(call, call.query, sequence, task.head);
@@ -246,8 +242,7 @@ inline void backward_query_with(const Backward& call, const Task& task, float* m
 }
 
 // dk and dv of a group of keys: lanes are keys, entries are queries.
-template <class Side>
-inline void backward_key_value_with(const Backward& call, const Task& task, float* memory) {
+inline void backward_key_value(const Backward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
   const Head key = head_of(call, call.key, sequence, task.head);
@@ -309,16 +304,19 @@ inline void backward_key_value_with(const Backward& call, const Task& task, floa
   }
 }
 
-inline void forward(const Forward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) ? forward_with<PairSide> : forward_with<FloatSide>)(call, task, memory);
+#if defined(SPARSE_ATTN_TILE_PRODUCTS) || defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
+// Rows that are no pairs of bfloat16 are left to the kernels for AVX-512, which such processors have too.
+inline void forward_any(const Forward& call, const Task& task, float* memory) {
+  (rows_are_pairs(call) ? forward : AVX512_KERNELS.forward)(call, task, memory);
 }
 
-inline void backward_query(const Backward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) ? backward_query_with<PairSide> : backward_query_with<FloatSide>)(call, task, memory);
+inline void backward_query_any(const Backward& call, const Task& task, float* memory) {
+  (rows_are_pairs(call) ? backward_query : AVX512_KERNELS.backward_query)(call, task, memory);
 }
 
-inline void backward_key_value(const Backward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) ? backward_key_value_with<PairSide> : backward_key_value_with<FloatSide>)(call, task, memory);
+inline void backward_key_value_any(const Backward& call, const Task& task, float* memory) {
+  (rows_are_pairs(call) ? backward_key_value : AVX512_KERNELS.backward_key_value)(call, task, memory);
 }
+#endif
 
 }  // namespace sparse_attn::SPARSE_ATTN_ISA
