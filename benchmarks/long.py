@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     try:
         write_json(results, options.json)
-        for variant, row in {} if interrupted else rows.items():
+        for variant, row in () if interrupted else rows.items():
             try:
                 row["peak_memory_bytes"] = _memory(document, variant)
             except RuntimeError as error:  # no memory left, or a process that was killed

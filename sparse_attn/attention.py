@@ -17,6 +17,11 @@ from .ops import AttentionCall, run
 from .quantization import QuantizationTable, as_table
 from .validation import batch_tensor, check_call, check_packed_length, check_prepared, packed_length
 
+_NOT_PREPARED = (
+    "the layout is compiled at its first call, which torch.compile cannot trace: call sparse_attention once before, or "
+    "sparse_attn.attention.prepare(layout, head_dim, dtype)"
+)
+
 
 def sparse_attention(
     query: Tensor,
@@ -195,12 +200,6 @@ def _layout_arguments(
             torch.cuda.current_stream(layout.device).synchronize()  # calls on other streams read them too
         layout.arguments[kind] = arguments
     return layout.arguments[kind]
-
-
-_NOT_PREPARED = (
-    "the layout is compiled at its first call, which torch.compile cannot trace: call sparse_attention once before, or "
-    "sparse_attn.attention.prepare(layout, head_dim, dtype)"
-)
 
 
 def _checked_call(

@@ -16,6 +16,8 @@ from .integrations.onednn import onednn_dtypes
 from .kernels.configuration import TABLES, table_name, table_of
 from .version import __version__
 
+_OPTIONAL = {"accelerate": "training", "torchmetrics": "EM and F1"}  # packages, and what needs them
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -46,9 +48,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-_OPTIONAL = {"accelerate": "training", "torchmetrics": "EM and F1"}
 
 
 def _optional(package: str) -> Finding:
