@@ -36,12 +36,13 @@ def extension_arguments() -> dict:
 
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     others = (path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cu", ".py"))
+    optimised = [] if "-O" in os.environ.get("CFLAGS", "") else ["-O3"]  # these arguments follow those of CFLAGS
     extension = CppExtension(
         "sparse_attn._C",
         sources,
         depends=sorted(str(path.relative_to(ROOT)) for path in others),
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"],
+        extra_compile_args=["-std=c++20", *optimised, "-g0", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast"],
         py_limited_api=True,
     )
     return {

@@ -5,6 +5,7 @@ A floor is the time that a ceiling leaves: no kernel that moves as many bytes, o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from .timing import make_timer, percentiles, time_in_turns
 
 _COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}
 _MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
+_PROBED_SIDE, _MUCH_SLOWER = 256, 8
 _FORWARD_TENSORS, _BOTH_TENSORS = 4, 12
 _BOTH_OVER_FORWARD = 3.5  # two products forward, five backward
 
@@ -29,7 +31,8 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:
-    """Times a copy of 1 GiB (a quarter of it on a CPU) and a matrix product of side 8192 (2048 on a CPU).
+    """Times a copy of 1 GiB (a quarter of it on a CPU) and a matrix product of side 8192 (2048 on a CPU, of float32
+    where that is much faster).
 
     A kernel copies, changing signs: a GPU's copy engine, which `copy_` in a graph may use, has less bandwidth.
     """
@@ -51,10 +54,29 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
 
 def _matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
     """A large product, and how many operations it is."""
-    generator, side = torch.Generator(device).manual_seed(0), _MATRIX_SIDE[device.type]
+    if device.type == "cpu":
+        # torch multiplies 16-bit numbers a hundred times slower where a CPU has no instructions for them; a kernel can
+        # convert them.
+        seconds, of_float32 = (_seconds_of(_product(_PROBED_SIDE, device, one)) for one in (dtype, torch.float32))
+        dtype = torch.float32 if seconds > _MUCH_SLOWER * of_float32 else dtype
+    side = _MATRIX_SIDE[device.type]
+    return _product(side, device, dtype), 2 * side**3
+
+
+def _product(side: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """A product of random square matrices."""
+    generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, dtype=dtype, device=device, generator=generator) for _ in range(2))
     product = torch.empty_like(left)
-    return lambda: torch.mm(left, right, out=product), 2 * side**3
+    return lambda: torch.mm(left, right, out=product)
+
+
+def _seconds_of(call: Callable[[], object]) -> float:
+    """Of one call on a CPU, after one to warm up."""
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _medians(device: torch.device, calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:

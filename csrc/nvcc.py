@@ -11,7 +11,9 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent / "cuda" / "attention.cu"
 PORTABLE = "80"  # code that the driver of any newer GPU can translate
-ARCHITECTURES = (PORTABLE, "86", "89", "90", "100")
+# What the source is compiled as, and for which GPUs the assembler takes it: it is the same for those of a line.
+CODES = {PORTABLE: (PORTABLE, "86", "89"), "90": ("90",), "100": ("100",)}
+ARCHITECTURES = tuple(one for codes in CODES.values() for one in codes)
 
 
 def find() -> Path | None:
@@ -42,7 +44,13 @@ def compile_object(
     options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Compiles for all architectures that this nvcc knows."""
-    codes = [f"-gencode=arch=compute_{one},code=sm_{one}" for one in known_architectures(nvcc)]
+    known = known_architectures(nvcc)
+    codes = [
+        f"-gencode=arch=compute_{source},code=sm_{one}"
+        for source, targets in CODES.items()
+        for one in targets
+        if one in known
+    ]
     codes.append(f"-gencode=arch=compute_{PORTABLE},code=compute_{PORTABLE}")
     target.parent.mkdir(parents=True, exist_ok=True)
     return subprocess.run(

@@ -219,9 +219,10 @@ def test_capabilities_name_what_this_processor_has():
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump")
 def test_the_kernels_for_amx_multiply_tiles_in_both_products():
     """Scores take two products, a tile of 16 keys each; outputs four for 64 dimensions or two for 32."""
-    if "amx_emulated" in native_cpu.instruction_sets():
+    library = next(Path(extension.__file__).parent.glob("_C*.so"))
+    if b"amx_emulated" in library.read_bytes():
         pytest.skip("this build emulates AMX")
-    command = ["objdump", "--disassemble", "--no-show-raw-insn", next(Path(extension.__file__).parent.glob("_C*.so"))]
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", library]
     assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert {"ldtilecfg", "tilerelease"} <= set(re.findall(r"\b(?:ldtilecfg|tilerelease)\b", assembly))
     products = set(re.findall(r"tdpbf16ps %(tmm\d),%(tmm\d),%(tmm\d)", assembly))  # B, A, sum

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.attention_workloads import FORWARD, FORWARD_BACKWARD
+from benchmarks import ceilings
 from benchmarks.ceilings import least_bytes, measure_ceilings, useful_flops
 from benchmarks.timing import LEAST_REPETITIONS, REPETITIONS, HostTimer, Timed, percentiles, time_in_turns
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload
@@ -85,8 +86,18 @@ def test_the_host_timer_warms_up_and_measures():
 
 
 def test_ceilings_are_rates():
-    ceilings = measure_ceilings(torch.device("cpu"), torch.float32, seconds=0.01)
-    assert ceilings.copy_bytes_per_second > 1e8 and ceilings.matrix_flops_per_second > 1e8
+    measured = measure_ceilings(torch.device("cpu"), torch.float32, seconds=0.01)
+    assert measured.copy_bytes_per_second > 1e8 and measured.matrix_flops_per_second > 1e8
+
+
+@pytest.mark.parametrize(("slower", "multiplied"), [(100, torch.float32), (2, torch.bfloat16)])
+def test_the_ceiling_of_numbers_that_a_cpu_cannot_multiply_is_float32s(slower, multiplied, monkeypatch):
+    made = []
+    monkeypatch.setattr(ceilings, "_product", lambda side, device, dtype: made.append((side, dtype)) or dtype)
+    monkeypatch.setattr(ceilings, "_seconds_of", lambda dtype: 1e-3 * (slower if dtype == torch.bfloat16 else 1))
+    monkeypatch.setattr(ceilings, "_medians", lambda device, calls, seconds: [1.0])
+    rate = ceilings.measure_matrix_rate(torch.device("cpu"), torch.bfloat16)
+    assert made[-1] == (2048, multiplied) and rate == 2 * 2048**3
 
 
 def test_floors_are_those_counted_by_hand():

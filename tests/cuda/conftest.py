@@ -23,7 +23,7 @@ def emulator(tmp_path_factory) -> None:
     if not COMPILERS:
         pytest.skip("there is no C++ compiler")
     library, folder = tmp_path_factory.mktemp("emulator") / "emulator.so", Path(torch.__file__).parent
-    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
     options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{folder / 'include'}", f"-L{folder / 'lib'}"]
     options += shlex.split(os.environ.get("CXXFLAGS", ""))
     command = [COMPILERS[0], *options, FOLDER / "emulated_attention.cpp", "-o", library, "-ltorch_cpu", "-ltorch"]

@@ -1,6 +1,7 @@
 // A block of threads on a CPU: fibers, which take turns whenever one waits for others.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -45,8 +47,10 @@ struct Barrier {
 };
 
 struct Thread {
-  ucontext_t context;
-  std::vector<unsigned char> stack = std::vector<unsigned char>(STACK_BYTES);
+  ucontext_t start;
+  jmp_buf place;  // once it has started: where it goes on
+  bool started = false;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};  // not touched until it is needed
   std::vector<std::vector<Copy>> groups = std::vector<std::vector<Copy>>(1);  // the last one is not committed yet
   bool done = false;
 };
@@ -68,19 +72,29 @@ struct Block {
 
 inline Block* block = nullptr;
 
+// The first time by a context, which has a stack of its own; then by jumps, which leave the signal mask alone and so
+// need no system call.
+inline void go_on(Thread& thread) {
+  if (thread.started) {
+    _longjmp(thread.place, 1);
+  }
+  thread.started = true;
+  setcontext(&thread.start);
+}
+
 inline void switch_to_next() {
   const int from = block->current;
   for (int step = 1; step <= block->threads; ++step) {
     const int to = (from + step) % block->threads;
     if (!block->fibers[to].done) {
       block->current = to;
-      if (to != from) {
-        swapcontext(&block->fibers[from].context, &block->fibers[to].context);
+      if (to != from && _setjmp(block->fibers[from].place) == 0) {
+        go_on(block->fibers[to]);
       }
       return;
     }
   }
-  swapcontext(&block->fibers[from].context, &block->caller);
+  setcontext(&block->caller);
 }
 
 template <class Reached>
@@ -123,13 +137,14 @@ inline void run_block(int number, int count, int threads, int shared_bytes, cons
   own.body = body;
   block = &own;
   for (Thread& fiber : own.fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = STACK_BYTES;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
   }
-  swapcontext(&own.caller, &own.fibers[0].context);
+  own.fibers[0].started = true;
+  swapcontext(&own.caller, &own.fibers[0].start);
   block = nullptr;
   for (const auto& [address, barrier] : own.barriers) {
     if (barrier.copying > 0 && own.error.empty()) {

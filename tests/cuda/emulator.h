@@ -254,18 +254,25 @@ SPARSE_ATTN_DEVICE void store_matrices(uint32_t row, const uint32_t (&word)[4]) 
 
 template <Element ELEMENT>
 SPARSE_ATTN_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&left)[4], uint32_t right0, uint32_t right1) {
-  struct Words {
-    uint32_t left[4], right[2];
-  };
-  const auto words = emulator::exchange("multiply_add", Words{{left[0], left[1], left[2], left[3]}, {right0, right1}});
+  struct Operands {
+    float left[4][2], right[2][2];
+  } own;
+  for (int half = 0; half < 2; ++half) {
+    for (int word = 0; word < 4; ++word) {
+      own.left[word][half] = emulator::element<ELEMENT>(left[word], half);
+    }
+    own.right[0][half] = emulator::element<ELEMENT>(right0, half);
+    own.right[1][half] = emulator::element<ELEMENT>(right1, half);
+  }
+  const auto operands = emulator::exchange("multiply_add", own);
   const int lane = emulator::lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, upper = i / 2, column = 2 * (lane % 4) + i % 2;
     double total = sum[i];
     for (int k = 0; k < 16; ++k) {
       const int quarter = k % 8 / 2, right = k / 8;
-      const float a = emulator::element<ELEMENT>(words.of[4 * row + quarter].left[upper + 2 * right], k % 2);
-      const float b = emulator::element<ELEMENT>(words.of[4 * column + quarter].right[right], k % 2);
+      const float a = operands.of[4 * row + quarter].left[upper + 2 * right][k % 2];
+      const float b = operands.of[4 * column + quarter].right[right][k % 2];
       total += static_cast<double>(a) * b;
     }
     sum[i] = static_cast<float>(total);
