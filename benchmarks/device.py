@@ -50,11 +50,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """For example "NVIDIA H200" or "AMD EPYC, 2 threads"."""
+    """For example "NVIDIA H200", "AMD EPYC, 2 threads" or "AMD EPYC with AVX2, 2 threads" for one without AVX-512."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    vectors = " with AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else ""
+    return f"{_processor()}{vectors}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

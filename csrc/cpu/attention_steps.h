@@ -71,19 +71,22 @@ SPARSE_ATTN_INLINE void products(const float* lanes, int64_t words, Rows rows, c
       row[i] = rows.at(list.rows[first + (i < count ? i : 0)]);
       sum[i] = splat(0.0f);
     }
-    for (const float *lane = lanes, *end = lanes + words * LANES; lane < end; lane += LANES * LANES) {
+    // `offset` is common to all rows, or, where an instruction both reads and multiplies, part of each row's address.
+    for (int64_t offset = 0; offset < 4 * words; offset += 4 * LANES) {
 #pragma GCC unroll 16
       for (int word = 0; word < LANES; ++word) {
-        const Floats factors = load(lane + word * LANES);
+        const Floats factors = load(lanes + (offset / 4 + word) * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < ENTRIES; ++i) {
-          sum[i] = Word::add_product(sum[i], factors, row[i] + 4 * word);
+          sum[i] = Word::add_product(sum[i], factors, row[i] + (LANES == 16 ? 0 : offset) + 4 * word);
         }
       }
+      if constexpr (LANES == 16) {
 #pragma GCC unroll 8
-      for (int i = 0; i < ENTRIES; ++i) {
-        row[i] += 4 * LANES;
-        keep_in_register(row[i]);
+        for (int i = 0; i < ENTRIES; ++i) {
+          row[i] += 4 * LANES;
+          keep_in_register(row[i]);
+        }
       }
     }
 #pragma GCC unroll 8
@@ -95,29 +98,58 @@ SPARSE_ATTN_INLINE void products(const float* lanes, int64_t words, Rows rows, c
   }
 }
 
+// For each of LANES_AT_ONCE lanes the sum of `count` rows from `word` on, VECTORS vectors of them, with weights.
+template <class Word, int LANES_AT_ONCE, int VECTORS, class RowAt>
+SPARSE_ATTN_INLINE void weighted_words(
+    const float* weights, int first_lane, int64_t count, int64_t word, RowAt row_at, const OutputRows& outputs) {
+  Floats sum[LANES_AT_ONCE][VECTORS];
+#pragma GCC unroll 16
+  for (int lane = 0; lane < LANES_AT_ONCE; ++lane) {
+#pragma GCC unroll 2
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      sum[lane][vector] = splat(0.0f);
+    }
+  }
+  for (int64_t index = 0; index < count; ++index) {
+    const float* words = reinterpret_cast<const float*>(row_at(index)) + word;
+    const float* weight = weights + index * LANES + first_lane;
+    Floats row[VECTORS];
+#pragma GCC unroll 2
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      row[vector] = load(words + vector * LANES);
+    }
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES_AT_ONCE; ++lane) {
+#pragma GCC unroll 2
+      for (int vector = 0; vector < VECTORS; ++vector) {
+        sum[lane][vector] = Word::add_product(sum[lane][vector], row[vector], weight + lane);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int lane = 0; lane < LANES_AT_ONCE; ++lane) {
+#pragma GCC unroll 2
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      outputs.write(first_lane + lane, word + vector * LANES, sum[lane][vector]);
+    }
+  }
+}
+
 // For each lane the sum of `count` rows of `words` words, row_at(index), with weights [count][LANES]. The weights are
-// what is broadcast, so that a gathered line is read once.
+// what is broadcast. As many sums at a time as hide the latency of an FMA: with 16 lanes those of all lanes, so that a
+// gathered line is read once; with fewer those of four lanes, so that a broadcast serves two vectors.
 template <class Word = FloatWords, class RowAt>
 SPARSE_ATTN_INLINE void weighted_rows(
     const float* weights, int64_t count, int64_t words, RowAt row_at, const OutputRows& outputs) {
-  for (int64_t word = 0; word < words; word += LANES) {
-    Floats sum[LANES];
-#pragma GCC unroll 16
-    for (int lane = 0; lane < LANES; ++lane) {
-      sum[lane] = splat(0.0f);
+  constexpr int VECTORS = LANES == 16 ? 1 : 2, LANES_AT_ONCE = LANES == 16 ? 16 : 4;
+  int64_t word = 0;
+  for (; word + VECTORS * LANES <= words; word += VECTORS * LANES) {
+    for (int lane = 0; lane < LANES; lane += LANES_AT_ONCE) {
+      weighted_words<Word, LANES_AT_ONCE, VECTORS>(weights, lane, count, word, row_at, outputs);
     }
-    for (int64_t index = 0; index < count; ++index) {
-      const Floats row = load(reinterpret_cast<const float*>(row_at(index)) + word);
-      const float* weight = weights + index * LANES;
-#pragma GCC unroll 16
-      for (int lane = 0; lane < LANES; ++lane) {
-        sum[lane] = Word::add_product(sum[lane], row, weight + lane);
-      }
-    }
-#pragma GCC unroll 16
-    for (int lane = 0; lane < LANES; ++lane) {
-      outputs.write(lane, word, sum[lane]);
-    }
+  }
+  if (VECTORS > 1 && word < words) {
+    weighted_words<Word, LANES, 1>(weights, 0, count, word, row_at, outputs);
   }
 }
 
