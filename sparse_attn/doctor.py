@@ -12,7 +12,7 @@ import torch
 from . import extension
 from .attention import backends_on
 from .backends import native_cpu, native_cuda, triton
-from .integrations.onednn import onednn_dtypes
+from .integrations.onednn import onednn_dtypes, onednn_is_faster
 from .kernels.configuration import TABLES, table_name, table_of
 from .version import __version__
 
@@ -117,7 +117,10 @@ def _backend(device: str) -> Finding:
 
 def _linear_layers() -> Finding:
     names = [str(dtype).removeprefix("torch.") for dtype in onednn_dtypes()]
-    text = f"oneDNN computes {' and '.join(names)}" if names else "torch's own: this build has no oneDNN"
+    text = "torch's own: this build has no oneDNN"
+    if names:
+        faster = onednn_is_faster()
+        text = f"oneDNN computes {' and '.join(names)}" if faster else "torch's own, faster than oneDNN without AVX-512"
     return Finding("linear layers on cpu", bool(names), text)
 
 

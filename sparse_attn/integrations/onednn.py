@@ -3,8 +3,9 @@
 Without padding and with sparse attention a pass is linear layers. `torch.nn.functional.linear` copies the bias into the
 output before it multiplies, multiplies float32 by MKL, which is tuned for one maker's processors, and leaves GELU to a
 pass over memory of its own. oneDNN's operator does all three at once, with the weights as they are: no parameter is
-copied or changed. Between the two layers of a feed-forward part lies the largest tensor of a pass. Blocks of memory of
-that size come from the system page by page, every time, so that part is computed some rows at a time.
+copied or changed. That is faster with AVX-512, and slower without. Between the two layers of a feed-forward part lies
+the largest tensor of a pass. Blocks of memory of that size come from the system page by page, every time, so that part
+is computed some rows at a time, whoever multiplies.
 """
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ def expect_onednn(onednn: bool | None) -> None:
 
 
 def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
-    """Makes an encoder's layers use oneDNN where they can: yes, no, or (None) if it lies on a CPU that torch's build
-    of oneDNN has kernels for."""
+    """Makes an encoder's layers use oneDNN where they can, and compute feed-forward parts in pieces: yes, no, or (None)
+    if it lies on a CPU, oneDNN where it is the faster one."""
     remove_onednn(encoder)
     for stack in encoder.stacks:
-        if onednn if onednn is not None else _recommended(stack):
-            _route(stack, encoder.family.feed_forward)
+        recommended = onednn is None and _on_cpu_with_vectors(stack)
+        untouched = {module for module in stack.modules() if "forward" not in module.__dict__}  # by accelerate, say
+        if onednn or (recommended and onednn_is_faster()):
+            _use_onednn(untouched, encoder.family.feed_forward)
+        if onednn or recommended:
+            _use_pieces(untouched, encoder.family.feed_forward)
 
 
 def remove_onednn(encoder: Encoder) -> None:
@@ -71,10 +76,15 @@ def remove_onednn(encoder: Encoder) -> None:
                 module.__class__ = module.original
 
 
-def _recommended(stack: nn.Module) -> bool:
+def onednn_is_faster() -> bool:
+    """Whether linear layers are faster by oneDNN on this processor. With AVX2, MKL is the faster one in float32 and
+    GELU costs less by itself."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and bool(onednn_dtypes())
+
+
+def _on_cpu_with_vectors(stack: nn.Module) -> bool:
     on_cpu = all(weight.device.type == "cpu" for weight in stack.parameters())
-    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return on_cpu and vectors and bool(onednn_dtypes())
+    return on_cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 class OneDNNLinear(nn.Linear):
@@ -195,7 +205,7 @@ class _FusingBlock(_InPieces):
 
 @cache
 def _changed(change: type[_Changed], original: type[nn.Module], names: tuple[str, str]) -> type[nn.Module]:
-    return type(f"OneDNN{original.__name__}", (change, original), {"original": original, "names": names})
+    return type(f"Patched{original.__name__}", (change, original), {"original": original, "names": names})
 
 
 def _new_changed(change: type[_Changed], original: type[nn.Module], names: tuple[str, str]) -> nn.Module:
@@ -203,20 +213,23 @@ def _new_changed(change: type[_Changed], original: type[nn.Module], names: tuple
     return cls.__new__(cls)
 
 
-def _route(stack: nn.Module, feed_forward: tuple[str, str]) -> None:
-    untouched = {module for module in stack.modules() if "forward" not in module.__dict__}  # by accelerate, say
-    linears = {module for module in untouched if type(module) is nn.Linear}
-    holders = [module for module in untouched if hasattr(module, "feed_forward_chunk") or hasattr(module, "ff_chunk")]
+def _use_onednn(modules: set[nn.Module], feed_forward: tuple[str, str]) -> None:
+    linears = {module for module in modules if type(module) is nn.Linear}
     for linear in linears:
         linear.__class__ = OneDNNLinear
-    for block in untouched:
+    for block in modules:
         linear, activation = (getattr(block, name, None) for name in feed_forward)
-        if linear in linears and activation in untouched and _gelu_algorithm(activation):
+        if linear in linears and activation in modules and _gelu_algorithm(activation):
             _change(block, _FusingBlock, feed_forward)
             _change(activation, _FusedActivation, feed_forward)
-    for block in holders:
-        _change(block, _InPieces, feed_forward)
-        block.__dict__[_WIDTH] = max((linear.out_features for linear in linears & set(block.modules())), default=0)
+
+
+def _use_pieces(modules: set[nn.Module], feed_forward: tuple[str, str]) -> None:
+    linears = {module for module in modules if type(module) in (nn.Linear, OneDNNLinear)}
+    for block in modules:
+        if hasattr(block, "feed_forward_chunk") or hasattr(block, "ff_chunk"):
+            _change(block, _InPieces, feed_forward)
+            block.__dict__[_WIDTH] = max((linear.out_features for linear in linears & set(block.modules())), default=0)
 
 
 def _change(module: nn.Module, change: type[_Changed], names: tuple[str, str]) -> None:

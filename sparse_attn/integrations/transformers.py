@@ -57,7 +57,8 @@ def patch_bert(
             with a key-value cache, cross-attention, chunked feed-forward layers or one attention_mask [1, length] for a
             whole batch. Where they stay, their hidden states are not meaningful.
         onednn: whether torch's oneDNN operator computes linear layers and GELU in passes on a CPU that need no
-            gradients. None: where the model lies on a CPU that torch's build of oneDNN has kernels for.
+            gradients, and large feed-forward parts are computed some rows at a time. None: where the model lies on a
+            CPU; but by oneDNN only with AVX-512, since torch's own way is the faster one without.
 
     Returns:
         The same model. A patched model is patched anew.

@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
+from transformers.models.bert.modeling_bert import BertLayer
 
 from sparse_attn import GlobalMask, is_patched, patch_model, patched, unpatch
 from sparse_attn.integrations import onednn
@@ -274,11 +275,23 @@ def test_a_copy_uses_its_own_weights(bert, copied):
     assert counts[ONEDNN] > 0 and counts[GELU] == 0
 
 
-def test_is_the_default_on_processors_with_vectors_alone(bert, monkeypatch):
+@pytest.mark.parametrize(("capability", "by_onednn"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_is_the_default_where_it_is_faster(capability, by_onednn, bert, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert (operators_of(patch_model(bert, MASK), padded_inputs())[1][ONEDNN] > 0) == by_onednn
+
+
+def test_without_it_feed_forward_parts_are_still_in_pieces(bert, small_pieces, monkeypatch):
+    inputs, rows, whole = padded_inputs(), [], BertLayer.feed_forward_chunk
+    with torch.no_grad():
+        expected = patch_model(bert, MASK, onednn=False)(**inputs).last_hidden_state
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert operators_of(patch_model(bert, MASK), padded_inputs())[1][ONEDNN] > 0
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert operators_of(patch_model(bert, MASK), padded_inputs())[1][ONEDNN] == 0
+    monkeypatch.setattr(BertLayer, "feed_forward_chunk", lambda *args: rows.append(args[1].shape[1]) or whole(*args))
+    output, counts = operators_of(patch_model(bert, MASK), inputs)
+    assert len(rows) > MASK.layers and max(rows) == 16 and counts[ONEDNN] == 0
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(module, onednn.OneDNNLinear) for module in bert.modules())
+    assert all(type(layer) is BertLayer for layer in unpatch(bert).encoder.layer)
 
 
 def test_without_onednn(bert, monkeypatch):
