@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.attention_workloads import FORWARD, FORWARD_BACKWARD
 from benchmarks import ceilings
+from benchmarks.attention_workloads import FORWARD, FORWARD_BACKWARD
 from benchmarks.ceilings import least_bytes, measure_ceilings, useful_flops
 from benchmarks.timing import LEAST_REPETITIONS, REPETITIONS, HostTimer, Timed, percentiles, time_in_turns
 from tests.benchmarks.attention_samples import packed_workload, tiny_workload

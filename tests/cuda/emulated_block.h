@@ -50,7 +50,7 @@ struct Thread {
   ucontext_t start;
   jmp_buf place;  // once it has started: where it goes on
   bool started = false;
-  std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};  // not touched until it is needed
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};     // not touched until it is needed
   std::vector<std::vector<Copy>> groups = std::vector<std::vector<Copy>>(1);  // the last one is not committed yet
   bool done = false;
 };

@@ -55,7 +55,8 @@ def striped_layout(length: int) -> SparseLayout:
 def test_every_configuration_computes_the_same(config, use_config, poisoned):
     use_config(config)
     length = 70
-    layout, rows_alike = striped_layout(length), SparseLayout(torch.ones(1, length, length, dtype=torch.bool).to(DEVICE))
+    rows_alike = SparseLayout(torch.ones(1, length, length, dtype=torch.bool).to(DEVICE))
+    layout = striped_layout(length)
     lengths = torch.tensor([length, 37], device=DEVICE)
     inputs = random_inputs((2, 3, length, 32), torch.float32, DEVICE)
     for used in (layout, rows_alike):
