@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks.compiled_kernels import SHARED_LIMITS, Record, read_record, record_path, write_record
 
+# One worker runs these tests, so that the report is made once.
+pytestmark = pytest.mark.xdist_group("kernel report")
 TRITON = pytest.importorskip("triton").__version__
 ROOT = Path(__file__).parents[2]
 # A few bytes of wide configurations spill, most where float32 rows of 256 leave no room; more is a regression. Those of
