@@ -39,7 +39,7 @@ SANITIZERS := -fsanitize=address,undefined
 sanitize: setup
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r csrc kernels sparse_attn benchmarks tests setup.py pyproject.toml README.md LICENSE $(SANITIZED) && rm -f $(SANITIZED)/sparse_attn/_C*.so
-	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -include $(CURDIR)/tests/cpu/emulated_tiles.h' LDFLAGS='$(SANITIZERS)' \
+	cd $(SANITIZED) && CFLAGS='$(SANITIZERS) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O0 -include $(CURDIR)/tests/cpu/emulated_tiles.h' LDFLAGS='$(SANITIZERS)' \
 		$(CURDIR)/$(RUN) setup.py --quiet build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
