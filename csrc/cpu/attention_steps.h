@@ -72,10 +72,11 @@ SPARSE_ATTN_INLINE void products(const float* lanes, int64_t words, Rows rows, c
       sum[i] = splat(0.0f);
     }
     // `offset` is common to all rows, or, where an instruction both reads and multiplies, part of each row's address.
-    for (int64_t offset = 0; offset < 4 * words; offset += 4 * LANES) {
+    int64_t offset = 0;
+    for (const float *lane = lanes, *end = lanes + words * LANES; lane < end; lane += LANES * LANES) {
 #pragma GCC unroll 16
       for (int word = 0; word < LANES; ++word) {
-        const Floats factors = load(lanes + (offset / 4 + word) * LANES);
+        const Floats factors = load(lane + word * LANES);
 #pragma GCC unroll 8
         for (int i = 0; i < ENTRIES; ++i) {
           sum[i] = Word::add_product(sum[i], factors, row[i] + (LANES == 16 ? 0 : offset) + 4 * word);
@@ -88,6 +89,7 @@ SPARSE_ATTN_INLINE void products(const float* lanes, int64_t words, Rows rows, c
           keep_in_register(row[i]);
         }
       }
+      offset += 4 * LANES;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < ENTRIES; ++i) {
