@@ -157,8 +157,8 @@ def test_gradients_within_budget(backend, device, head_dim, dtype):
 @pytest.mark.parametrize(("backend", "device"), backends("triton", "native", "torch"))
 @pytest.mark.parametrize("length", [1, 15, 17, 63, 129])
 def test_gradients_at_odd_lengths_are_complete_and_repeatable(backend, device, length, poisoned):
-    layout = random_layout(1, length + 3, 0.8, device)
-    tensors = random_inputs((2, 1, length, 32), torch.float32, device)
+    layout = random_layout(2, length + 3, 0.8, device)
+    tensors = random_inputs((2, 2, length, 32), torch.float32, device)
     grad_output = torch.randn_like(tensors[0])
     lengths = torch.tensor([length, length // 2], device=device)
     more = dict(key_lengths=lengths, query_lengths=lengths, dropout=0.2)
@@ -220,7 +220,7 @@ def test_compiles_without_breaks_for_any_length(backend, device):
     graphs = torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
     graphs.clear()
-    for length in (9, 32, 20):
+    for length in (9, 17, 32, 20):
         tensors = [t.requires_grad_() for t in random_inputs((2, 2, length, 16), torch.float32, device)]
         eager = sparse_attention(*tensors, layout, bits=3, backend=backend)
         torch.testing.assert_close(compiled(*tensors), eager)
