@@ -12,7 +12,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent / "cuda" / "attention.cu"
 PORTABLE = "80"  # code that the driver of any newer GPU can translate
 # What the source is compiled as, and for which GPUs the assembler takes it: it is the same for those of a line.
-CODES = {PORTABLE: (PORTABLE, "86", "89"), "90": ("90",), "100": ("100",)}
+CODES = {PORTABLE: (PORTABLE, "86", "89"), "90": ("90", "100")}
 ARCHITECTURES = tuple(one for codes in CODES.values() for one in codes)
 
 

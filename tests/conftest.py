@@ -1,5 +1,6 @@
 """Shared set-up. Without a GPU, Triton's kernels run in its interpreter, chosen before they are imported."""
 
+import importlib.util
 import os
 
 import torch
@@ -7,6 +8,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.interpreter import patch_language_once_a_launch
+
+    patch_language_once_a_launch()
 
 import pytest
 from hypothesis import settings
