@@ -6,7 +6,7 @@ from triton.runtime import interpreter
 
 
 def patch_language_once_a_launch() -> None:
-    """Within a launch, the interpreter patches `triton.language` anew at every call of a function of a kernel; the first
+    """Within a launch, the interpreter patches `triton.language` anew at every call of a kernel's functions; the first
     call in each module is enough. The launch takes its patches back at its end, as ever."""
     patch_language, patched = interpreter._patch_lang, set()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse_attn import QuantizationTable, extension, log_table, sparse_attention
-from sparse_attn.backends import native_cpu
+from sparse_attn.backends import native_cpu, row_lists
 from tests.helpers import assert_within_budget, gradients, random_inputs, random_layout
 
 pytestmark = [
@@ -44,6 +44,28 @@ def test_every_instruction_set_computes_the_same(instruction_set, dtype, head_di
         ):
             result = sparse_attention(query, key, value, layout, backend="native", **arguments)
             assert_within_budget(result, query, key, value, layout, **arguments)
+
+
+@pytest.mark.parametrize("few_rows", [0, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_shared_and_row_lists_compute_the_same(instruction_set, dtype, few_rows, monkeypatch):
+    """Lists for all rows of a group, for each row of its own, and both."""
+    monkeypatch.setattr(row_lists, "FEW_ROWS", few_rows)
+    layout, lengths = random_layout(3, 80, 0.8, "cpu"), torch.tensor([75, 29])
+    tensors = random_inputs((2, 3, 75, 72), dtype, "cpu")
+    hidden = torch.rand(2, 75) < 0.6
+    for arguments in (
+        {},
+        dict(bits=3, key_lengths=lengths, query_lengths=lengths),
+        dict(causal=True, key_padding_mask=hidden),
+    ):
+        result = sparse_attention(*tensors, layout, backend="native", **arguments)
+        assert_within_budget(result, *tensors, layout, **arguments)
+    results = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(1)
+        results.append(sparse_attention(*tensors, layout, backend=backend, dropout=0.3, key_lengths=lengths))
+    torch.testing.assert_close(*results, atol=1e-5 if dtype == torch.float32 else 5e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

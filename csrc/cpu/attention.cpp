@@ -78,10 +78,14 @@ Matrix matrix_of(const Tensor& tensor, bool packed) {
   return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
+void check_list(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int, "the lists of a layout are int32 tensors");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "the lists of a layout are contiguous tensors");
+}
+
 Lists lists_of(const Tensor& stops, const Tensor& columns, const Tensor& row_bits, bool full, int64_t heads) {
   for (const Tensor* tensor : {&stops, &columns, &row_bits}) {
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Int, "the lists of a layout are int32 tensors");
-    STD_TORCH_CHECK(tensor->is_contiguous(), "the lists of a layout are contiguous tensors");
+    check_list(*tensor);
   }
   STD_TORCH_CHECK(stops.dim() == 3 && stops.size(1) == 1, "stops must be [heads * groups, 1, key_blocks + 1]");
   return {
@@ -90,7 +94,25 @@ Lists lists_of(const Tensor& stops, const Tensor& columns, const Tensor& row_bit
       static_cast<const int32_t*>(row_bits.const_data_ptr()),
       full,
       stops.size(0) / heads,
-      stops.size(2) - 1};
+      stops.size(2) - 1,
+      nullptr,
+      nullptr,
+      nullptr};
+}
+
+// What the lists leave to row lists; empty where there is nothing.
+void read_row_lists(Lists& lists, const Tensor& stops, const Tensor& columns, const Tensor& places, int64_t heads) {
+  if (stops.numel() == 0) {
+    return;
+  }
+  check_list(stops);
+  check_list(columns);
+  check_list(places);
+  STD_TORCH_CHECK(
+      stops.numel() == heads * lists.groups * GROUP_ROWS + 1, "row_stops must be [heads * groups * 16 + 1]");
+  lists.row_stops = static_cast<const int32_t*>(stops.const_data_ptr());
+  lists.row_columns = static_cast<const int32_t*>(columns.const_data_ptr());
+  lists.row_places = static_cast<const int32_t*>(places.const_data_ptr());
 }
 
 Element element_of(const Tensor& tensor) {
@@ -191,6 +213,9 @@ void native_attention(
     const Tensor columns,
     const Tensor row_bits,
     bool full,
+    const Tensor row_stops,
+    const Tensor row_columns,
+    const Tensor row_places,
     const OptionalTensor query_lengths,
     const OptionalTensor key_lengths,
     const OptionalTensor key_padding,
@@ -234,6 +259,7 @@ void native_attention(
       dropout_threshold,
       lse);
   call.lists = lists_of(stops, columns, row_bits, full, call.heads);
+  read_row_lists(call.lists, row_stops, row_columns, row_places, call.heads);
   call.output = matrix_of(output, call.cu_seqlens);
   call.lse = lse.numel() > 0 ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   const Kernels& kernels = kernels_named(instruction_set);

@@ -21,6 +21,10 @@ struct Lists {
   bool full;
   int64_t groups;  // of one head
   int64_t blocks;  // stops of a list, less one
+  // Keys of sparse_attn.backends.row_lists, which the lists above leave out; null where there are none.
+  const int32_t* row_stops;
+  const int32_t* row_columns;
+  const int32_t* row_places;
 };
 
 // The quantiser of probabilities: `levels` values for bins of width `step` in log2(p) above `log2_threshold`.

@@ -96,6 +96,7 @@ inline bool rows_are_pairs(const Backward& call) {
 
 // What `FloatSide` (attention_floats.h) is for rows of float32, for rows in pairs.
 struct BFloat16Side {
+  static constexpr bool TAKES_OWN_ENTRIES = false;
   int64_t dims;
   float factor;
   Head head;

@@ -1,16 +1,18 @@
 // The products of rows of float32, or of rows converted to it.
 #pragma once
 
-#include "attention_steps.h"
+#include "attention_own.h"
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
 // A head's rows that the entries of a list name, and their two products: with lanes, which are rows of the other side,
 // and weighted, summed over the entries.
 struct FloatSide {
+  static constexpr bool TAKES_OWN_ENTRIES = true;
   int64_t dims;
   float factor;
   float* lanes;
+  float* own_lanes;  // [LANES][dims], rows of the other side, or sums of their own
   Rows rows;
 
   // `count`: of rows; `uses`: how often lists name one, all together; `factor`: of the products with lanes.
@@ -18,6 +20,7 @@ struct FloatSide {
       : dims(padded_dim(head.head_dim)),
         factor(factor),
         lanes(memory.lanes),
+        own_lanes(memory.own_lanes),
         rows(float_rows_of(head, count, uses, memory.rows)) {
   }
 
@@ -31,11 +34,26 @@ struct FloatSide {
     products(lanes, dims, rows, list, visit);
   }
 
+  // To scores [slots][LANES]; lanes are rows of `other`, from first_row on.
+  void own_products(const Head& other, int64_t first_row, uint32_t alive, const OwnEntries& own, float* scores) const {
+    load_rows(other, first_row, alive, factor, own_lanes);
+    sparse_attn::SPARSE_ATTN_ISA::own_products(own_lanes, dims, rows, own, scores);
+  }
+
+  // Weights [entries][LANES], then, of own entries, [slots][LANES].
+  SPARSE_ATTN_INLINE_MEMBER void weighted_sums(
+      const float* weights, const Entries& list, const OwnEntries& own, const OutputRows& outputs) const {
+    const auto row_of = [&](int64_t entry) __attribute__((always_inline)) { return rows.at(list.rows[entry]); };
+    if (own.slots > 0) {
+      own_sums(weights + list.count * LANES, dims, rows, own, own_lanes);
+    }
+    weighted_rows(weights, list.count, dims, row_of, outputs, own.slots > 0 ? own_lanes : nullptr);
+  }
+
   // Weights [entries][LANES].
   SPARSE_ATTN_INLINE_MEMBER void weighted_sums(
       const float* weights, const Entries& list, const OutputRows& outputs) const {
-    const auto row_of = [&](int64_t entry) __attribute__((always_inline)) { return rows.at(list.rows[entry]); };
-    weighted_rows(weights, list.count, dims, row_of, outputs);
+    weighted_sums(weights, list, OwnEntries{}, outputs);
   }
 };
 

@@ -3,6 +3,8 @@
 // nothing: its elements are broadcast. Compiled once for each instruction set.
 #pragma once
 
+#include "attention_own.h"
+
 #if defined(SPARSE_ATTN_TILE_PRODUCTS)
 #include "attention_tiles.h"
 #elif defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
@@ -108,6 +110,7 @@ SPARSE_ATTN_INLINE void prefetch_around(
   }
 }
 
+template <class Side>
 inline void forward(const Forward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
@@ -128,9 +131,15 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
     const uint32_t alive = bits_between(first_row, LANES, 0, sequence.rows_end);
     const uint32_t stored = bits_between(first_row, LANES, 0, sequence.rows_stored);
     Entries list{nullptr, nullptr, 0};
+    OwnEntries own{};
     if (alive) {
       list = keys_of_part(call, call.lists, task, part, sequence.keys_end, space);
       keys.set_lanes(query, first_row, alive);
+      if constexpr (Side::TAKES_OWN_ENTRIES) {
+        if (call.lists.row_stops) {
+          own = own_entries_of_part(call, call.lists, task, part, sequence.keys_end, space.own);
+        }
+      }
     }
     prefetch_list(call.lists, task.head, part / PARTS + 1);
     prefetch_around(first_row, {&query}, sequence.rows_end, {&output}, sequence.rows_stored);
@@ -141,9 +150,18 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
       highest = maximum(score, highest);
       store(scores + entry * LANES, score);
     });
+    if constexpr (Side::TAKES_OWN_ENTRIES) {
+      if (own.slots > 0) {
+        keys.own_products(query, first_row, alive, own, scores + list.count * LANES);
+      }
+    }
+    const int64_t count = list.count + own.slots;
+    for (int64_t slot = list.count; slot < count; ++slot) {
+      highest = maximum(load(scores + slot * LANES), highest);
+    }
     highest = highest == minus_infinity ? splat(0.0f) : highest;  // a row without keys: nothing becomes NaN
     Floats sum = splat(0.0f);
-    for (int64_t entry = 0; entry < list.count; ++entry) {
+    for (int64_t entry = 0; entry < count; ++entry) {
       const Floats p = exp2_of(load(scores + entry * LANES) - highest);
       sum += p;
       if (!rounds) {
@@ -165,7 +183,7 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
       }
       if (rounds) {
         normaliser = 1.0f + real * 0.0f;  // levels know no NaN
-        for (int64_t entry = 0; entry < list.count; ++entry) {
+        for (int64_t entry = 0; entry < count; ++entry) {
           store(scores + entry * LANES, round_to_levels(load(scores + entry * LANES) - lse2));
         }
       }
@@ -177,9 +195,15 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
         const Floats factors = dropout_factors(call.dropout, words, splat_word(uint32_t(list.rows[entry])));
         store(scores + entry * LANES, load(scores + entry * LANES) * factors);
       }
+      drop_own(call.dropout, words, own, scores + list.count * LANES);
     }
     normaliser = select(alive, normaliser, splat(0.0f));  // padding rows yield zeros
-    values.weighted_sums(scores, list, {output, first_row, stored, normaliser});
+    const OutputRows outputs(output, first_row, stored, normaliser);
+    if constexpr (Side::TAKES_OWN_ENTRIES) {
+      values.weighted_sums(scores, list, own, outputs);
+    } else {
+      values.weighted_sums(scores, list, outputs);
+    }
   }
 }
 
@@ -307,7 +331,7 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
 #if defined(SPARSE_ATTN_TILE_PRODUCTS) || defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
 // Rows that are no pairs of bfloat16 are left to the kernels for AVX-512, which such processors have too.
 inline void forward_any(const Forward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) ? forward : AVX512_KERNELS.forward)(call, task, memory);
+  (rows_are_pairs(call) && !call.lists.row_stops ? forward<Side> : AVX512_KERNELS.forward)(call, task, memory);
 }
 
 inline void backward_query_any(const Backward& call, const Task& task, float* memory) {

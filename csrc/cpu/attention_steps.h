@@ -42,11 +42,16 @@ inline Entries entries_of(const Lists& lists, int64_t head, int64_t group, int64
   return {lists.columns + first, lists.full ? nullptr : lists.row_bits + first, last - first};
 }
 
-// How many rows the groups of a task meet below position `end`, each counted once for each group.
+// How many rows the groups of a task meet below position `end`, each counted once for each group, and more or less
+// those of row lists.
 inline int64_t uses_of(const Lists& lists, const Task& task, int64_t end) {
   int64_t uses = 0;
   for (int64_t group = task.first; group < task.end; ++group) {
     uses += entries_of(lists, task.head, group, end).count;
+  }
+  if (lists.row_stops) {
+    const int32_t* stops = lists.row_stops + task.head * lists.groups * GROUP_ROWS;
+    uses += stops[task.end * GROUP_ROWS] - stops[task.first * GROUP_ROWS];
   }
   return uses;
 }
@@ -100,16 +105,24 @@ SPARSE_ATTN_INLINE void products(const float* lanes, int64_t words, Rows rows, c
   }
 }
 
-// For each of LANES_AT_ONCE lanes the sum of `count` rows from `word` on, VECTORS vectors of them, with weights.
+// For each of LANES_AT_ONCE lanes the sum of `count` rows from `word` on, VECTORS vectors of them, with weights, added
+// to `starts`.
 template <class Word, int LANES_AT_ONCE, int VECTORS, class RowAt>
 SPARSE_ATTN_INLINE void weighted_words(
-    const float* weights, int first_lane, int64_t count, int64_t word, RowAt row_at, const OutputRows& outputs) {
+    const float* weights,
+    int first_lane,
+    int64_t count,
+    int64_t word,
+    RowAt row_at,
+    const OutputRows& outputs,
+    const float* starts,
+    int64_t words) {
   Floats sum[LANES_AT_ONCE][VECTORS];
 #pragma GCC unroll 16
   for (int lane = 0; lane < LANES_AT_ONCE; ++lane) {
 #pragma GCC unroll 2
     for (int vector = 0; vector < VECTORS; ++vector) {
-      sum[lane][vector] = splat(0.0f);
+      sum[lane][vector] = starts ? load(starts + (first_lane + lane) * words + word + vector * LANES) : splat(0.0f);
     }
   }
   for (int64_t index = 0; index < count; ++index) {
@@ -139,19 +152,25 @@ SPARSE_ATTN_INLINE void weighted_words(
 
 // For each lane the sum of `count` rows of `words` words, row_at(index), with weights [count][LANES]. The weights are
 // what is broadcast. As many sums at a time as hide the latency of an FMA: with 16 lanes those of all lanes, so that a
-// gathered line is read once; with fewer those of four lanes, so that a broadcast serves two vectors.
+// gathered line is read once; with fewer those of four lanes, so that a broadcast serves two vectors. `starts`
+// [LANES][words], if given, is added.
 template <class Word = FloatWords, class RowAt>
 SPARSE_ATTN_INLINE void weighted_rows(
-    const float* weights, int64_t count, int64_t words, RowAt row_at, const OutputRows& outputs) {
+    const float* weights,
+    int64_t count,
+    int64_t words,
+    RowAt row_at,
+    const OutputRows& outputs,
+    const float* starts = nullptr) {
   constexpr int VECTORS = LANES == 16 ? 1 : 2, LANES_AT_ONCE = LANES == 16 ? 16 : 4;
   int64_t word = 0;
   for (; word + VECTORS * LANES <= words; word += VECTORS * LANES) {
     for (int lane = 0; lane < LANES; lane += LANES_AT_ONCE) {
-      weighted_words<Word, LANES_AT_ONCE, VECTORS>(weights, lane, count, word, row_at, outputs);
+      weighted_words<Word, LANES_AT_ONCE, VECTORS>(weights, lane, count, word, row_at, outputs, starts, words);
     }
   }
   if (VECTORS > 1 && word < words) {
-    weighted_words<Word, LANES, 1>(weights, 0, count, word, row_at, outputs);
+    weighted_words<Word, LANES, 1>(weights, 0, count, word, row_at, outputs, starts, words);
   }
 }
 
@@ -234,8 +253,9 @@ class RoundToLevels {
 
 // What the rows of one side need: those that lists name, and those that are lanes.
 struct SideMemory {
-  float* lanes;  // [dims][LANES]
-  float* rows;   // [length][dims]
+  float* lanes;      // [dims][LANES]
+  float* own_lanes;  // [LANES][dims]
+  float* rows;       // [length][dims]
 };
 
 // A thread's memory for one head at a time, all of it in floats.
@@ -243,13 +263,14 @@ struct Workspace {
   SideMemory first, second;
   float *first_scores, *second_scores;  // [entries][LANES]
   int32_t *rows, *kept;                 // [entries], a list that differs from the layout's
+  int32_t* own[2];                      // [entries * LANES], likewise
 
   // Beyond the longest side, and a multiple of what the tile products take at a time.
   static int64_t length(const Call& call) {
     return (std::max(call.query_len, call.key_len) + 2 * GROUP_ROWS) / (2 * GROUP_ROWS) * (2 * GROUP_ROWS);
   }
   static int64_t floats(const Call& call) {
-    return 2 * (padded_dim(call.head_dim) * (LANES + length(call)) + length(call) * LANES + length(call));
+    return 2 * (padded_dim(call.head_dim) * (2 * LANES + length(call)) + 2 * length(call) * LANES + length(call));
   }
   Workspace(const Call& call, float* memory) {
     const auto take = [&memory](int64_t floats) {
@@ -259,9 +280,13 @@ struct Workspace {
     };
     const int64_t dims = padded_dim(call.head_dim), entries = length(call);
     first.lanes = take(dims * LANES), second.lanes = take(dims * LANES);
+    first.own_lanes = take(dims * LANES), second.own_lanes = take(dims * LANES);
     first_scores = take(entries * LANES), second_scores = take(entries * LANES);
     first.rows = take(entries * dims), second.rows = take(entries * dims);
     rows = reinterpret_cast<int32_t*>(take(entries)), kept = reinterpret_cast<int32_t*>(take(entries));
+    for (int32_t*& list : own) {
+      list = reinterpret_cast<int32_t*>(take(entries * LANES));
+    }
   }
 };
 

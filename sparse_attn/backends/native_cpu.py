@@ -13,6 +13,7 @@ from ..dropout import drop_threshold
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_gradients, empty_results
 from ..quantization import QuantizationTable
+from .row_lists import all_shared, row_lists
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
@@ -23,7 +24,11 @@ _CALL = (
     "bool causal, int query_offset, float dropout_factor, int dropout_threshold, str instruction_set"
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor stops, Tensor columns, Tensor row_bits, bool full"
-torch.library.define("sparse_attn::native_attention", f"({_INPUTS}, {_CALL}, Tensor(a!) output, Tensor(b!) lse) -> ()")
+torch.library.define(
+    "sparse_attn::native_attention",
+    f"({_INPUTS}, Tensor row_stops, Tensor row_columns, Tensor row_places, {_CALL}, Tensor(a!) output, "
+    "Tensor(b!) lse) -> ()",
+)
 torch.library.define(
     "sparse_attn::native_attention_backward",
     f"({_INPUTS}, Tensor transposed_stops, Tensor transposed_columns, Tensor transposed_bits, bool transposed_full, "
@@ -53,23 +58,27 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
 def layout_arguments(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The column lists for 16 queries; in training also those for 16 keys."""
-    all_lists = [layout.lists(_ROWS, transposed) for transposed in ((False, True) if training else (False,))]
+    """The row lists and shared column lists of the forward pass; in training also the column lists for 16 queries and
+    for 16 keys. bfloat16 has no row lists: where a processor multiplies pairs of it, those gain little."""
+    lists = layout.lists(_ROWS)
+    divided = all_shared(lists) if dtype == torch.bfloat16 else row_lists(lists)
+    all_lists = [divided.shared, lists, layout.lists(_ROWS, transposed=True)] if training else [divided.shared]
     tensors = [tensor for lists in all_lists for tensor in (lists.stops, lists.columns, lists.row_bits)]
-    return tensors, tuple(int(lists.full) for lists in all_lists)
+    return [divided.stops, divided.columns, divided.places, *tensors], tuple(int(lists.full) for lists in all_lists)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output, lse = empty_results(call)
     torch.ops.sparse_attn.native_attention(
-        call.query, call.key, call.value, *call.layout[:3], bool(call.layout_sizes[0]), *_arguments(call), output, lse
-    )
+        call.query, call.key, call.value, *call.layout[3:6], bool(call.layout_sizes[0]), *call.layout[:3],
+        *_arguments(call), output, lse,
+    )  # fmt: skip
     return output, lse
 
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gradients = empty_gradients(call)
-    lists = (*call.layout[:3], bool(call.layout_sizes[0]), *call.layout[3:], bool(call.layout_sizes[1]))
+    lists = (*call.layout[6:9], bool(call.layout_sizes[1]), *call.layout[9:], bool(call.layout_sizes[2]))
     torch.ops.sparse_attn.native_attention_backward(
         call.query, call.key, call.value, *lists, *_arguments(call), lse, grad_output, torch.empty_like(lse), *gradients
     )

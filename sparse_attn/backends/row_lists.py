@@ -1,0 +1,73 @@
+"""The lists of the C++ kernels: what many rows of a group keep is listed for the group, what few keep for each row.
+
+A kernel multiplies a key of a group's list with all 16 rows at once, and a key of a row's list with that row alone: for
+the many keys of an element mask that few rows keep, sixteen products are more work than their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import ColumnLists, for_training_too
+
+FEW_ROWS = 7  # at most that many keep a key of row lists: measured on processors with AVX-512 and with AVX2
+
+MOST_ENTRIES = torch.iinfo(torch.int32).max  # of all rows' lists
+
+
+@dataclass(frozen=True)
+class RowLists:
+    """Column lists, and the entries that they leave to row lists.
+
+    Attributes:
+        shared: the column lists of keys that more than FEW_ROWS rows of a group keep.
+        stops: int32 [heads * groups * rows + 1]; the list of a row starts at one and ends at the next. Empty if no list
+            of a row has a key; then `shared` holds all.
+        columns: int32 [entries], a row's keys, sorted.
+        places: int32 [entries], an entry's number in its row's list, times the rows of a group, plus the row's number
+            in its group.
+    """
+
+    shared: ColumnLists
+    stops: Tensor
+    columns: Tensor
+    places: Tensor
+
+
+def all_shared(lists: ColumnLists) -> RowLists:
+    """Column lists that leave nothing to row lists."""
+    nothing = torch.empty(0, dtype=torch.int32, device="cpu")
+    return RowLists(lists, nothing, nothing, nothing)
+
+
+@for_training_too
+def row_lists(lists: ColumnLists) -> RowLists:
+    """Divides lists of groups of 16 queries, in one part and on the CPU."""
+    bits = lists.row_bits[:, 0]
+    rows_of_entry = sum(bits >> row & 1 for row in range(lists.rows))
+    few = rows_of_entry <= FEW_ROWS
+    if lists.full or not few.any() or int(rows_of_entry[few].sum()) > MOST_ENTRIES:
+        return all_shared(lists)
+    kept = torch.nn.functional.pad((~few).cumsum(0), (1, 0)).to(torch.int32)
+    shared = ColumnLists(
+        lists.rows, kept[lists.stops], lists.columns[~few], lists.row_bits[~few], lists.order, full=False
+    )
+    groups = len(lists.stops)
+    lengths = lists.stops[:, 0, -1] - lists.stops[:, 0, 0]
+    group = torch.arange(groups, device="cpu").repeat_interleave(lengths)[few]
+    bits, columns = bits[few], lists.columns[few]
+    kept_by_row = [(bits >> row & 1).bool() for row in range(lists.rows)]
+    counts = torch.stack([group[kept].bincount(minlength=groups) for kept in kept_by_row], dim=1)
+    stops = torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0))
+    row_columns, places = torch.empty(2, int(stops[-1]), dtype=torch.int32, device="cpu")
+    for row, kept in enumerate(kept_by_row):
+        own_group = group[kept]
+        earlier = counts[:, row].cumsum(0) - counts[:, row]  # entries of the same row of groups before
+        number = torch.arange(len(own_group), device="cpu") - earlier[own_group]
+        entry = stops[own_group * lists.rows + row] + number
+        row_columns[entry] = columns[kept]
+        places[entry] = (number * lists.rows + row).to(torch.int32)
+    return RowLists(shared, stops.to(torch.int32), row_columns, places)

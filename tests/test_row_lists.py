@@ -1,0 +1,56 @@
+"""Row lists and the shared lists beside them say together what the mask says."""
+
+import pytest
+import torch
+
+from sparse_attn import SparseLayout
+from sparse_attn.backends import row_lists as module
+from sparse_attn.backends.row_lists import FEW_ROWS, RowLists, row_lists
+from tests.helpers import random_layout
+
+
+def decoded(lists: RowLists, heads: int, query_len: int, key_len: int) -> torch.Tensor:
+    groups = -(-query_len // 16)
+    keep = torch.zeros(heads * groups * 16, key_len, dtype=torch.bool)
+    for index, stops in enumerate(lists.shared.stops[:, 0]):
+        entries = slice(stops[0], stops[-1])
+        for key, bits in zip(lists.shared.columns[entries].tolist(), lists.shared.row_bits[entries, 0].tolist()):
+            rows = [row for row in range(16) if bits >> row & 1]
+            assert len(rows) > FEW_ROWS
+            keep[[16 * index + row for row in rows], key] = True
+    for row, (start, end) in enumerate(zip(lists.stops[:-1].tolist(), lists.stops[1:].tolist())):
+        keys = lists.columns[start:end]
+        assert bool((keys.diff() > 0).all()) and not keep[row, keys].any()
+        assert lists.places[start:end].tolist() == [16 * number + row % 16 for number in range(end - start)]
+        keep[row, keys] = True
+    return keep.view(heads, groups * 16, key_len)[:, :query_len]
+
+
+@pytest.mark.parametrize("query_len", [17, 40, 75, 112])
+@pytest.mark.parametrize("sparsity", [0.4, 0.7, 0.999])
+def test_they_hold_the_mask(query_len, sparsity):
+    layout = random_layout(3, query_len, sparsity, "cpu")
+    lists = row_lists(layout.lists())
+    assert torch.equal(decoded(lists, 3, query_len, query_len), layout.keep())
+    assert lists.columns.dtype == lists.places.dtype == lists.stops.dtype == torch.int32
+
+
+def test_stops_of_shared_lists_are_where_blocks_of_keys_begin():
+    lists = row_lists(random_layout(2, 100, 0.5, "cpu").lists()).shared
+    for stops in lists.stops[:, 0].tolist():
+        for block, (start, end) in enumerate(zip(stops[:-1], stops[1:])):
+            assert set((lists.columns[start:end] // 32).tolist()) <= {block}
+
+
+@pytest.mark.parametrize("keep", [torch.ones(2, 40, 40), torch.zeros(1, 8, 8), torch.ones(1, 16, 40)])
+def test_nothing_is_divided_where_rows_keep_the_same_or_nothing(keep):
+    lists = SparseLayout(keep.bool()).lists()
+    divided = row_lists(lists)
+    assert divided.shared is lists and divided.stops.numel() == divided.columns.numel() == 0
+
+
+def test_more_entries_than_an_int32_can_number_stay_shared(monkeypatch):
+    lists = random_layout(2, 40, 0.7, "cpu").lists()
+    assert row_lists(lists).stops.numel() > 0
+    monkeypatch.setattr(module, "MOST_ENTRIES", 10)
+    assert row_lists(lists).shared is lists
