@@ -18,11 +18,17 @@ def decoded(lists: RowLists, heads: int, query_len: int, key_len: int) -> torch.
             rows = [row for row in range(16) if bits >> row & 1]
             assert len(rows) > FEW_ROWS
             keep[[16 * index + row for row in rows], key] = True
-    for row, (start, end) in enumerate(zip(lists.stops[:-1].tolist(), lists.stops[1:].tolist())):
+    stops = lists.stops.tolist()
+    for row, (start, end) in enumerate(zip(stops[:-1], stops[1:])):
         keys = lists.columns[start:end]
         assert bool((keys.diff() > 0).all()) and not keep[row, keys].any()
-        assert lists.places[start:end].tolist() == [16 * number + row % 16 for number in range(end - start)]
         keep[row, keys] = True
+    for first in range(0, len(keep), 4):
+        start, end = stops[first], stops[first + 4]
+        columns, places = lists.sorted_columns[start:end], lists.sorted_places[start:end]
+        assert bool((columns.diff() >= 0).all()) and set((places % 16 // 4).tolist()) <= {first % 16 // 4}
+        listed = [stops[first // 16 * 16 + place % 16] + place // 16 for place in places.tolist()]
+        assert sorted(listed) == list(range(start, end)) and torch.equal(columns, lists.columns[listed])
     return keep.view(heads, groups * 16, key_len)[:, :query_len]
 
 
@@ -32,7 +38,7 @@ def test_they_hold_the_mask(query_len, sparsity):
     layout = random_layout(3, query_len, sparsity, "cpu")
     lists = row_lists(layout.lists())
     assert torch.equal(decoded(lists, 3, query_len, query_len), layout.keep())
-    assert lists.columns.dtype == lists.places.dtype == lists.stops.dtype == torch.int32
+    assert {lists.columns.dtype, lists.sorted_places.dtype, lists.stops.dtype} == {torch.int32}
 
 
 def test_stops_of_shared_lists_are_where_blocks_of_keys_begin():
@@ -44,13 +50,11 @@ def test_stops_of_shared_lists_are_where_blocks_of_keys_begin():
 
 @pytest.mark.parametrize("keep", [torch.ones(2, 40, 40), torch.zeros(1, 8, 8), torch.ones(1, 16, 40)])
 def test_nothing_is_divided_where_rows_keep_the_same_or_nothing(keep):
-    lists = SparseLayout(keep.bool()).lists()
-    divided = row_lists(lists)
-    assert divided.shared is lists and divided.stops.numel() == divided.columns.numel() == 0
+    assert row_lists(SparseLayout(keep.bool()).lists()) is None
 
 
 def test_more_entries_than_an_int32_can_number_stay_shared(monkeypatch):
     lists = random_layout(2, 40, 0.7, "cpu").lists()
-    assert row_lists(lists).stops.numel() > 0
+    assert row_lists(lists) is not None
     monkeypatch.setattr(module, "MOST_ENTRIES", 10)
-    assert row_lists(lists).shared is lists
+    assert row_lists(lists) is None

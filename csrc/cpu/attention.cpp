@@ -94,25 +94,33 @@ Lists lists_of(const Tensor& stops, const Tensor& columns, const Tensor& row_bit
       static_cast<const int32_t*>(row_bits.const_data_ptr()),
       full,
       stops.size(0) / heads,
-      stops.size(2) - 1,
-      nullptr,
-      nullptr,
-      nullptr};
+      stops.size(2) - 1};
 }
 
-// What the lists leave to row lists; empty where there is nothing.
-void read_row_lists(Lists& lists, const Tensor& stops, const Tensor& columns, const Tensor& places, int64_t heads) {
-  if (stops.numel() == 0) {
-    return;
+// Without row_stops nothing is divided.
+DividedLists divided_lists_of(
+    const Tensor& stops,
+    const Tensor& columns,
+    const Tensor& row_bits,
+    const Tensor& row_stops,
+    const Tensor& row_columns,
+    const Tensor& sorted_columns,
+    const Tensor& sorted_places,
+    int64_t heads) {
+  if (row_stops.numel() == 0) {
+    return {};
   }
-  check_list(stops);
-  check_list(columns);
-  check_list(places);
+  DividedLists divided{lists_of(stops, columns, row_bits, false, heads)};
+  for (const Tensor* tensor : {&row_stops, &row_columns, &sorted_columns, &sorted_places}) {
+    check_list(*tensor);
+  }
   STD_TORCH_CHECK(
-      stops.numel() == heads * lists.groups * GROUP_ROWS + 1, "row_stops must be [heads * groups * 16 + 1]");
-  lists.row_stops = static_cast<const int32_t*>(stops.const_data_ptr());
-  lists.row_columns = static_cast<const int32_t*>(columns.const_data_ptr());
-  lists.row_places = static_cast<const int32_t*>(places.const_data_ptr());
+      row_stops.numel() == heads * divided.groups * GROUP_ROWS + 1, "row_stops must be [heads * groups * 16 + 1]");
+  divided.row_stops = static_cast<const int32_t*>(row_stops.const_data_ptr());
+  divided.row_columns = static_cast<const int32_t*>(row_columns.const_data_ptr());
+  divided.sorted_columns = static_cast<const int32_t*>(sorted_columns.const_data_ptr());
+  divided.sorted_places = static_cast<const int32_t*>(sorted_places.const_data_ptr());
+  return divided;
 }
 
 Element element_of(const Tensor& tensor) {
@@ -213,9 +221,13 @@ void native_attention(
     const Tensor columns,
     const Tensor row_bits,
     bool full,
+    const Tensor shared_stops,
+    const Tensor shared_columns,
+    const Tensor shared_bits,
     const Tensor row_stops,
     const Tensor row_columns,
-    const Tensor row_places,
+    const Tensor sorted_columns,
+    const Tensor sorted_places,
     const OptionalTensor query_lengths,
     const OptionalTensor key_lengths,
     const OptionalTensor key_padding,
@@ -259,7 +271,15 @@ void native_attention(
       dropout_threshold,
       lse);
   call.lists = lists_of(stops, columns, row_bits, full, call.heads);
-  read_row_lists(call.lists, row_stops, row_columns, row_places, call.heads);
+  call.divided = divided_lists_of(
+      shared_stops,
+      shared_columns,
+      shared_bits,
+      row_stops,
+      row_columns,
+      sorted_columns,
+      sorted_places,
+      call.heads);
   call.output = matrix_of(output, call.cu_seqlens);
   call.lse = lse.numel() > 0 ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   const Kernels& kernels = kernels_named(instruction_set);

@@ -21,10 +21,14 @@ struct Lists {
   bool full;
   int64_t groups;  // of one head
   int64_t blocks;  // stops of a list, less one
-  // Keys of sparse_attn.backends.row_lists, which the lists above leave out; null where there are none.
-  const int32_t* row_stops;
+};
+
+// The same lists divided, as sparse_attn.backends.row_lists.RowLists says.
+struct DividedLists : Lists {
+  const int32_t* row_stops;  // null where nothing is divided
   const int32_t* row_columns;
-  const int32_t* row_places;
+  const int32_t* sorted_columns;
+  const int32_t* sorted_places;
 };
 
 // The quantiser of probabilities: `levels` values for bins of width `step` in log2(p) above `log2_threshold`.
@@ -59,6 +63,7 @@ struct Call {
 
 struct Forward : Call {
   Lists lists;
+  DividedLists divided;
   Matrix output;
   float* lse;  // may be null
 };
@@ -71,6 +76,7 @@ struct Backward : Call {
 };
 
 constexpr int GROUP_ROWS = 16;  // queries, or keys, that share a list
+constexpr int OWN_ROWS = 4;     // of a group, whose row lists are sorted together
 
 // What a thread works on: row groups [first, end) of one head of one sequence. The backward pass has two kinds: groups
 // of queries, then groups of keys.

@@ -116,7 +116,10 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
   const Sequence sequence = sequence_of(call, task.batch);
   const Head query = head_of(call, call.query, sequence, task.head);
   const Head output = head_of(call, call.output, sequence, task.head);
-  const int64_t key_count = sequence.keys_end, uses = uses_of(call.lists, task, key_count);
+  const int64_t key_count = sequence.keys_end;
+  const bool divided = Side::TAKES_OWN_ENTRIES && divided_are_faster(call.divided, key_count);
+  const Lists& lists = divided ? call.divided : call.lists;
+  const int64_t uses = uses_of(lists, task, key_count) + (divided ? own_uses_of(call.divided, task) : 0);
   const Side keys(
       call, head_of(call, call.key, sequence, task.head), key_count, uses, call.scale * LOG2_E, space.first);
   const Side values(call, head_of(call, call.value, sequence, task.head), key_count, uses, 1.0f, space.second);
@@ -133,15 +136,13 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
     Entries list{nullptr, nullptr, 0};
     OwnEntries own{};
     if (alive) {
-      list = keys_of_part(call, call.lists, task, part, sequence.keys_end, space);
+      list = keys_of_part(call, lists, task, part, sequence.keys_end, space);
       keys.set_lanes(query, first_row, alive);
-      if constexpr (Side::TAKES_OWN_ENTRIES) {
-        if (call.lists.row_stops) {
-          own = own_entries_of_part(call, call.lists, task, part, sequence.keys_end, space.own);
-        }
+      if (divided) {
+        own = own_entries_of_part(call, call.divided, task, part, sequence.keys_end, space.own);
       }
     }
-    prefetch_list(call.lists, task.head, part / PARTS + 1);
+    prefetch_list(lists, task.head, part / PARTS + 1);
     prefetch_around(first_row, {&query}, sequence.rows_end, {&output}, sequence.rows_stored);
 
     Floats highest = minus_infinity;
@@ -331,7 +332,7 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
 #if defined(SPARSE_ATTN_TILE_PRODUCTS) || defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
 // Rows that are no pairs of bfloat16 are left to the kernels for AVX-512, which such processors have too.
 inline void forward_any(const Forward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) && !call.lists.row_stops ? forward<Side> : AVX512_KERNELS.forward)(call, task, memory);
+  (rows_are_pairs(call) ? forward<Side> : AVX512_KERNELS.forward)(call, task, memory);
 }
 
 inline void backward_query_any(const Backward& call, const Task& task, float* memory) {

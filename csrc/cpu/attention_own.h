@@ -11,61 +11,89 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-constexpr int OWN_ENTRIES = 4;  // that are multiplied at a time
+constexpr int OWN_ENTRIES = 4;              // that are multiplied at a time
+constexpr int QUARTERS = LANES / OWN_ROWS;  // of a group, in a part
 
-// A part of a group's own entries, lane by lane: those of lane i are [stops[i], stops[i + 1]). Places: see Lists.
+// A part of a group's own entries, in two orders: lane by lane, and as products take them, with their places (see
+// Lists).
 struct OwnEntries {
   const int32_t* rows;
-  const int32_t* places;
-  int64_t stops[LANES + 1] = {};
+  int64_t first[LANES], count[LANES] = {};
   int64_t slots = 0;  // the most of a lane, made even
+  const int32_t* sorted_rows;
+  const int32_t* places;
+  int64_t begin[QUARTERS], end[QUARTERS];  // in both of them
 };
 
-// Without what padding or causality hides. Lists that differ from the layout's are made in `memory`, [2][slots *
-// LANES].
+SPARSE_ATTN_INLINE uint32_t lane_of(int32_t place) {
+  return static_cast<uint32_t>(place) % LANES;
+}
+
+SPARSE_ATTN_INLINE uint32_t score_at(int32_t place) {
+  return static_cast<uint32_t>(place) / GROUP_ROWS * LANES + lane_of(place);
+}
+
+// Whether divided lists are the faster ones: short sequences have too few entries for what those cost each group.
+inline bool divided_are_faster(const DividedLists& lists, int64_t keys_end) {
+  return lists.row_stops && 4 * keys_end > 3 * lists.blocks * STOP_KEYS;
+}
+
+// How many rows the groups of a task meet by themselves, more or less.
+inline int64_t own_uses_of(const DividedLists& lists, const Task& task) {
+  const int32_t* stops = lists.row_stops + task.head * lists.groups * GROUP_ROWS;
+  return stops[task.end * GROUP_ROWS] - stops[task.first * GROUP_ROWS];
+}
+
+// Without what padding or causality hides; lists without it are made in `memory`, [2][slots * LANES].
 inline OwnEntries own_entries_of_part(
     const Call& call,
-    const Lists& lists,
+    const DividedLists& lists,
     const Task& task,
     int64_t part,
     int64_t keys_end,
     int32_t* const (&memory)[2]) {
   const int64_t first_row = part * LANES;
   const int32_t* stops = lists.row_stops + task.head * lists.groups * GROUP_ROWS + first_row;
-  OwnEntries own{lists.row_columns + stops[0], lists.row_places + stops[0]};
-  for (int lane = 0; lane < LANES; ++lane) {
-    own.stops[lane + 1] = stops[lane + 1] - stops[0];
+  OwnEntries own;
+  own.rows = lists.row_columns, own.sorted_rows = lists.sorted_columns, own.places = lists.sorted_places;
+  for (int quarter = 0; quarter < QUARTERS; ++quarter) {
+    own.begin[quarter] = stops[quarter * OWN_ROWS], own.end[quarter] = stops[(quarter + 1) * OWN_ROWS];
   }
-  if (call.causal || call.key_padding || keys_end < lists.blocks * STOP_KEYS) {
+  for (int lane = 0; lane < LANES; ++lane) {
+    own.first[lane] = stops[lane], own.count[lane] = stops[lane + 1] - stops[lane];
+  }
+  if (call.causal || call.key_padding) {
     const uint8_t* padding = call.key_padding ? call.key_padding + task.batch * call.key_len : nullptr;
     int64_t count = 0;
     for (int lane = 0; lane < LANES; ++lane) {
-      const int64_t end = call.causal ? std::min(keys_end, first_row + lane + 1) : keys_end;
-      const int64_t first = own.stops[lane], last = stops[lane + 1] - stops[0];
-      own.stops[lane] = count;
-      for (int64_t entry = first; entry < last; ++entry) {
-        const int32_t key = own.rows[entry];
+      const int64_t end = call.causal ? std::min(keys_end, first_row + lane + 1) : keys_end, first = count;
+      own.begin[lane / OWN_ROWS] = lane % OWN_ROWS == 0 ? count : own.begin[lane / OWN_ROWS];
+      for (int64_t entry = stops[lane]; entry < stops[lane + 1]; ++entry) {
+        const int32_t key = lists.row_columns[entry];
         memory[0][count] = key;
-        memory[1][count] = static_cast<int32_t>((count - own.stops[lane]) * GROUP_ROWS + lane);
+        memory[1][count] = static_cast<int32_t>((count - first) * GROUP_ROWS + lane);
         count += key < end && (!padding || padding[key]);
       }
+      own.first[lane] = first, own.count[lane] = count - first;
+      own.end[lane / OWN_ROWS] = count;
     }
-    own.stops[LANES] = count;
-    own.rows = memory[0], own.places = memory[1];
+    own.rows = own.sorted_rows = memory[0], own.places = memory[1];
+  } else if (keys_end < lists.blocks * STOP_KEYS) {
+    std::fill_n(own.count, LANES, 0);
+    for (int quarter = 0; quarter < QUARTERS; ++quarter) {
+      const int32_t *first = own.sorted_rows + own.begin[quarter], *last = own.sorted_rows + own.end[quarter];
+      // A loop of few steps that never guesses wrong, as a search would.
+      own.end[quarter] = own.begin[quarter] + std::count_if(first, last, [=](int32_t key) { return key < keys_end; });
+      for (int64_t entry = own.begin[quarter]; entry < own.end[quarter]; ++entry) {
+        own.count[lane_of(own.places[entry])] = own.places[entry] / GROUP_ROWS + 1;
+      }
+    }
   }
   for (int lane = 0; lane < LANES; ++lane) {
-    own.slots = std::max(own.slots, own.stops[lane + 1] - own.stops[lane]);
+    own.slots = std::max(own.slots, own.count[lane]);
   }
   own.slots += own.slots % 2;
   return own;
-}
-
-SPARSE_ATTN_INLINE uint32_t lane_of(uint32_t place) {
-  return place % LANES;
-}
-
-SPARSE_ATTN_INLINE uint32_t score_at(uint32_t place) {
-  return place / GROUP_ROWS * LANES + lane_of(place);
 }
 
 using Four = float __attribute__((vector_size(16)));
@@ -108,12 +136,12 @@ SPARSE_ATTN_INLINE void four_products(
     const int64_t (&entries)[OWN_ENTRIES],
     float* scores) {
   const float *row[OWN_ENTRIES], *lane_row[OWN_ENTRIES];
-  uint32_t place[OWN_ENTRIES];
+  int32_t place[OWN_ENTRIES];
   Floats sum[OWN_ENTRIES];
 #pragma GCC unroll 4
   for (int i = 0; i < OWN_ENTRIES; ++i) {
-    place[i] = static_cast<uint32_t>(own.places[entries[i]]);
-    row[i] = reinterpret_cast<const float*>(rows.at(own.rows[entries[i]]));
+    place[i] = own.places[entries[i]];
+    row[i] = reinterpret_cast<const float*>(rows.at(own.sorted_rows[entries[i]]));
     lane_row[i] = lane_rows + lane_of(place[i]) * static_cast<uint32_t>(dims);
     sum[i] = splat(0.0f);
   }
@@ -136,12 +164,14 @@ SPARSE_ATTN_INLINE void own_products(
   for (int64_t slot = 0; slot < own.slots; ++slot) {
     store(scores + slot * LANES, splat(-std::numeric_limits<float>::infinity()));
   }
-  const int64_t count = own.stops[LANES], rest = count % OWN_ENTRIES, last = count - 1;
-  for (int64_t first = 0; first < count - rest; first += OWN_ENTRIES) {
-    four_products(lane_rows, dims, rows, own, {first, first + 1, first + 2, first + 3}, scores);
-  }
-  if (rest > 0) {
-    four_products(lane_rows, dims, rows, own, {last - rest + 1, last - rest / 2, last, last}, scores);
+  for (int quarter = 0; quarter < QUARTERS; ++quarter) {
+    const int64_t begin = own.begin[quarter], end = own.end[quarter], rest = (end - begin) % OWN_ENTRIES;
+    for (int64_t first = begin; first < end - rest; first += OWN_ENTRIES) {
+      four_products(lane_rows, dims, rows, own, {first, first + 1, first + 2, first + 3}, scores);
+    }
+    if (rest > 0) {
+      four_products(lane_rows, dims, rows, own, {end - rest, end - 1 - rest / 2, end - 1, end - 1}, scores);
+    }
   }
 }
 
@@ -173,8 +203,8 @@ SPARSE_ATTN_INLINE void own_sum(
 // For each lane the sum of the rows that it meets, with weights [slots][LANES]: to sums [LANES][dims].
 SPARSE_ATTN_INLINE void own_sums(const float* weights, int64_t dims, Rows rows, const OwnEntries& own, float* sums) {
   for (int lane = 0; lane < LANES; ++lane) {
-    const int32_t* names = own.rows + own.stops[lane];
-    const int64_t count = own.stops[lane + 1] - own.stops[lane];
+    const int32_t* names = own.rows + own.first[lane];
+    const int64_t count = own.count[lane];
     int64_t dim = 0;
     for (; dim + 4 * LANES <= dims; dim += 4 * LANES) {
       own_sum<4>(weights + lane, dim, rows, names, count, sums + lane * dims);
@@ -187,10 +217,12 @@ SPARSE_ATTN_INLINE void own_sums(const float* weights, int64_t dims, Rows rows, 
 
 // Dropout of weights [slots][LANES].
 inline void drop_own(const Dropout& dropout, Words row_words, const OwnEntries& own, float* weights) {
-  for (int64_t entry = 0; entry < own.stops[LANES]; ++entry) {
-    const auto place = static_cast<uint32_t>(own.places[entry]);
-    const Words key = splat_word(static_cast<uint32_t>(own.rows[entry]));
-    weights[score_at(place)] *= dropout_factors(dropout, row_words, key)[lane_of(place)];
+  for (int quarter = 0; quarter < QUARTERS; ++quarter) {
+    for (int64_t entry = own.begin[quarter]; entry < own.end[quarter]; ++entry) {
+      const int32_t place = own.places[entry];
+      const Words key = splat_word(static_cast<uint32_t>(own.sorted_rows[entry]));
+      weights[score_at(place)] *= dropout_factors(dropout, row_words, key)[lane_of(place)];
+    }
   }
 }
 

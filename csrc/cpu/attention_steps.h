@@ -49,10 +49,6 @@ inline int64_t uses_of(const Lists& lists, const Task& task, int64_t end) {
   for (int64_t group = task.first; group < task.end; ++group) {
     uses += entries_of(lists, task.head, group, end).count;
   }
-  if (lists.row_stops) {
-    const int32_t* stops = lists.row_stops + task.head * lists.groups * GROUP_ROWS;
-    uses += stops[task.end * GROUP_ROWS] - stops[task.first * GROUP_ROWS];
-  }
   return uses;
 }
 

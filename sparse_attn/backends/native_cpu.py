@@ -13,7 +13,7 @@ from ..dropout import drop_threshold
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_gradients, empty_results
 from ..quantization import QuantizationTable
-from .row_lists import all_shared, row_lists
+from .row_lists import row_lists
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
@@ -24,10 +24,13 @@ _CALL = (
     "bool causal, int query_offset, float dropout_factor, int dropout_threshold, str instruction_set"
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor stops, Tensor columns, Tensor row_bits, bool full"
+_DIVIDED = (
+    "Tensor shared_stops, Tensor shared_columns, Tensor shared_bits, "
+    "Tensor row_stops, Tensor row_columns, Tensor sorted_columns, Tensor sorted_places"
+)
 torch.library.define(
     "sparse_attn::native_attention",
-    f"({_INPUTS}, Tensor row_stops, Tensor row_columns, Tensor row_places, {_CALL}, Tensor(a!) output, "
-    "Tensor(b!) lse) -> ()",
+    f"({_INPUTS}, {_DIVIDED}, {_CALL}, Tensor(a!) output, Tensor(b!) lse) -> ()",
 )
 torch.library.define(
     "sparse_attn::native_attention_backward",
@@ -58,19 +61,20 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
 def layout_arguments(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The row lists and shared column lists of the forward pass; in training also the column lists for 16 queries and
-    for 16 keys. bfloat16 has no row lists: where a processor multiplies pairs of it, those gain little."""
+    """The column lists for 16 queries, then the same divided; in training also those for 16 keys. bfloat16 has no divided
+    ones: where a processor multiplies pairs of it, they gain little."""
     lists = layout.lists(_ROWS)
-    divided = all_shared(lists) if dtype == torch.bfloat16 else row_lists(lists)
-    all_lists = [divided.shared, lists, layout.lists(_ROWS, transposed=True)] if training else [divided.shared]
-    tensors = [tensor for lists in all_lists for tensor in (lists.stops, lists.columns, lists.row_bits)]
-    return [divided.stops, divided.columns, divided.places, *tensors], tuple(int(lists.full) for lists in all_lists)
+    divided = row_lists(lists) if dtype != torch.bfloat16 else None
+    all_lists = [lists, layout.lists(_ROWS, transposed=True)] if training else [lists]
+    tensors = [[own.stops, own.columns, own.row_bits] for own in all_lists]
+    tensors[1:1] = [divided.tensors() if divided else [torch.empty(0, dtype=torch.int32, device="cpu")] * 7]
+    return sum(tensors, []), tuple(int(own.full) for own in all_lists)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output, lse = empty_results(call)
     torch.ops.sparse_attn.native_attention(
-        call.query, call.key, call.value, *call.layout[3:6], bool(call.layout_sizes[0]), *call.layout[:3],
+        call.query, call.key, call.value, *call.layout[:3], bool(call.layout_sizes[0]), *call.layout[3:10],
         *_arguments(call), output, lse,
     )  # fmt: skip
     return output, lse
@@ -78,7 +82,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gradients = empty_gradients(call)
-    lists = (*call.layout[6:9], bool(call.layout_sizes[1]), *call.layout[9:], bool(call.layout_sizes[2]))
+    lists = (*call.layout[:3], bool(call.layout_sizes[0]), *call.layout[10:], bool(call.layout_sizes[1]))
     torch.ops.sparse_attn.native_attention_backward(
         call.query, call.key, call.value, *lists, *_arguments(call), lse, grad_output, torch.empty_like(lse), *gradients
     )

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..layout import ColumnLists, for_training_too
 
-FEW_ROWS = 7  # at most that many keep a key of row lists: measured on processors with AVX-512 and with AVX2
+FEW_ROWS = 5  # at most that many keep a key of row lists: measured on processors with AVX-512 and with AVX2
 
+SORTED_ROWS = 4  # rows that any of the kernels takes together
 MOST_ENTRIES = torch.iinfo(torch.int32).max  # of all rows' lists
 
 
@@ -24,33 +25,37 @@ class RowLists:
 
     Attributes:
         shared: the column lists of keys that more than FEW_ROWS rows of a group keep.
-        stops: int32 [heads * groups * rows + 1]; the list of a row starts at one and ends at the next. Empty if no list
-            of a row has a key; then `shared` holds all.
+        stops: int32 [heads * groups * rows + 1]; the list of a row starts at one and ends at the next.
         columns: int32 [entries], a row's keys, sorted.
-        places: int32 [entries], an entry's number in its row's list, times the rows of a group, plus the row's number
-            in its group.
+        sorted_columns: int32 [entries], the same, of each four rows that follow each other sorted together: so those
+            below a shorter sequence's end come first.
+        sorted_places: int32 [entries], the sorted ones' number in their row's list, times the rows of a group, plus the
+            row's number in its group.
     """
 
     shared: ColumnLists
     stops: Tensor
     columns: Tensor
-    places: Tensor
+    sorted_columns: Tensor
+    sorted_places: Tensor
 
-
-def all_shared(lists: ColumnLists) -> RowLists:
-    """Column lists that leave nothing to row lists."""
-    nothing = torch.empty(0, dtype=torch.int32, device="cpu")
-    return RowLists(lists, nothing, nothing, nothing)
+    def tensors(self) -> list[Tensor]:
+        """As the kernel takes them."""
+        shared = self.shared
+        return [
+            shared.stops, shared.columns, shared.row_bits,
+            self.stops, self.columns, self.sorted_columns, self.sorted_places,
+        ]  # fmt: skip
 
 
 @for_training_too
-def row_lists(lists: ColumnLists) -> RowLists:
-    """Divides lists of groups of 16 queries, in one part and on the CPU."""
+def row_lists(lists: ColumnLists) -> RowLists | None:
+    """Divides lists of groups of 16 queries, in one part and on the CPU; None where there is nothing to divide."""
     bits = lists.row_bits[:, 0]
     rows_of_entry = sum(bits >> row & 1 for row in range(lists.rows))
     few = rows_of_entry <= FEW_ROWS
     if lists.full or not few.any() or int(rows_of_entry[few].sum()) > MOST_ENTRIES:
-        return all_shared(lists)
+        return None
     kept = torch.nn.functional.pad((~few).cumsum(0), (1, 0)).to(torch.int32)
     shared = ColumnLists(
         lists.rows, kept[lists.stops], lists.columns[~few], lists.row_bits[~few], lists.order, full=False
@@ -70,4 +75,7 @@ def row_lists(lists: ColumnLists) -> RowLists:
         entry = stops[own_group * lists.rows + row] + number
         row_columns[entry] = columns[kept]
         places[entry] = (number * lists.rows + row).to(torch.int32)
-    return RowLists(shared, stops.to(torch.int32), row_columns, places)
+    first_rows = torch.arange(groups * lists.rows, device="cpu") // SORTED_ROWS
+    quarter = first_rows.repeat_interleave(counts.flatten())
+    order = (quarter * (int(columns.max()) + 1) + row_columns).argsort(stable=True)
+    return RowLists(shared, stops.to(torch.int32), row_columns, row_columns[order], places[order])
