@@ -61,8 +61,8 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
 def layout_arguments(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The column lists for 16 queries, then the same divided; in training also those for 16 keys. bfloat16 has no divided
-    ones: where a processor multiplies pairs of it, they gain little."""
+    """The column lists for 16 queries, then the same divided; in training also those for 16 keys. bfloat16 has no
+    divided ones: kernels that multiply pairs of it do not take them."""
     lists = layout.lists(_ROWS)
     divided = row_lists(lists) if dtype != torch.bfloat16 else None
     all_lists = [lists, layout.lists(_ROWS, transposed=True)] if training else [lists]

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..layout import ColumnLists, for_training_too
 
-FEW_ROWS = 5  # at most that many keep a key of row lists: measured on processors with AVX-512 and with AVX2
-
+FEW_ROWS = 5  # at most that many keep a key of row lists: what was fastest with AVX-512
 SORTED_ROWS = 4  # rows that any of the kernels takes together
 MOST_ENTRIES = torch.iinfo(torch.int32).max  # of all rows' lists
 
