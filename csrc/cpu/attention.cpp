@@ -272,14 +272,7 @@ void native_attention(
       lse);
   call.lists = lists_of(stops, columns, row_bits, full, call.heads);
   call.divided = divided_lists_of(
-      shared_stops,
-      shared_columns,
-      shared_bits,
-      row_stops,
-      row_columns,
-      sorted_columns,
-      sorted_places,
-      call.heads);
+      shared_stops, shared_columns, shared_bits, row_stops, row_columns, sorted_columns, sorted_places, call.heads);
   call.output = matrix_of(output, call.cu_seqlens);
   call.lse = lse.numel() > 0 ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
   const Kernels& kernels = kernels_named(instruction_set);
