@@ -42,8 +42,7 @@ inline Entries entries_of(const Lists& lists, int64_t head, int64_t group, int64
   return {lists.columns + first, lists.full ? nullptr : lists.row_bits + first, last - first};
 }
 
-// How many rows the groups of a task meet below position `end`, each counted once for each group, and more or less
-// those of row lists.
+// How many rows the groups of a task meet below position `end`, each counted once for each group.
 inline int64_t uses_of(const Lists& lists, const Task& task, int64_t end) {
   int64_t uses = 0;
   for (int64_t group = task.first; group < task.end; ++group) {
