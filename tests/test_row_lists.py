@@ -53,7 +53,7 @@ def test_nothing_is_divided_where_rows_keep_the_same_or_nothing(keep):
     assert row_lists(SparseLayout(keep.bool()).lists()) is None
 
 
-def test_more_entries_than_an_int32_can_number_stay_shared(monkeypatch):
+def test_very_many_entries_are_not_divided(monkeypatch):
     lists = random_layout(2, 40, 0.7, "cpu").lists()
     assert row_lists(lists) is not None
     monkeypatch.setattr(module, "MOST_ENTRIES", 10)

@@ -15,7 +15,7 @@ from ..layout import ColumnLists, for_training_too
 
 FEW_ROWS = 5  # at most that many keep a key of row lists: what was fastest with AVX-512
 SORTED_ROWS = 4  # rows that any of the kernels takes together
-MOST_ENTRIES = torch.iinfo(torch.int32).max  # of all rows' lists
+MOST_ENTRIES = 2**25  # of all rows' lists; to divide more would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class RowLists:
 
 @for_training_too
 def row_lists(lists: ColumnLists) -> RowLists | None:
-    """Divides lists of groups of 16 queries, in one part and on the CPU; None where there is nothing to divide."""
+    """Divides lists of groups of 16 queries, in one part and on the CPU; None where there is nothing to divide, or
+    very much."""
     bits = lists.row_bits[:, 0]
     rows_of_entry = sum(bits >> row & 1 for row in range(lists.rows))
     few = rows_of_entry <= FEW_ROWS
