@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sparse_attn import SparseLayout
+from sparse_attn import SparseLayout, log_table
+from sparse_attn.backends import native_cpu
 from sparse_attn.backends import row_lists as module
 from sparse_attn.backends.row_lists import FEW_ROWS, RowLists, row_lists
 from tests.helpers import random_layout
@@ -51,6 +52,13 @@ def test_stops_of_shared_lists_are_where_blocks_of_keys_begin():
 @pytest.mark.parametrize("keep", [torch.ones(2, 40, 40), torch.zeros(1, 8, 8), torch.ones(1, 16, 40)])
 def test_nothing_is_divided_where_rows_keep_the_same_or_nothing(keep):
     assert row_lists(SparseLayout(keep.bool()).lists()) is None
+
+
+def test_all_kinds_of_calls_share_them():
+    layout = random_layout(2, 40, 0.7, "cpu")
+    inference, _ = native_cpu.layout_arguments(layout, 64, torch.float32, None, training=False)
+    training, _ = native_cpu.layout_arguments(layout, 32, torch.float16, log_table(3), training=True)
+    assert all(own is other for own, other in zip(inference, training[:10], strict=True))
 
 
 def test_very_many_entries_are_not_divided(monkeypatch):

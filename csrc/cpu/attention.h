@@ -76,7 +76,6 @@ struct Backward : Call {
 };
 
 constexpr int GROUP_ROWS = 16;  // queries, or keys, that share a list
-constexpr int OWN_ROWS = 4;     // of a group, whose row lists are sorted together
 
 // What a thread works on: row groups [first, end) of one head of one sequence. The backward pass has two kinds: groups
 // of queries, then groups of keys.

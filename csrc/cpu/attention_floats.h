@@ -12,7 +12,7 @@ struct FloatSide {
   int64_t dims;
   float factor;
   float* lanes;
-  float* own_lanes;  // [LANES][dims], rows of the other side, or sums of their own
+  float* own_lanes;  // [LANES][dims]: lanes as rows for own products, or sums of own entries
   Rows rows;
 
   // `count`: of rows; `uses`: how often lists name one, all together; `factor`: of the products with lanes.

@@ -11,18 +11,18 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-constexpr int OWN_ENTRIES = 4;              // that are multiplied at a time
-constexpr int QUARTERS = LANES / OWN_ROWS;  // of a group, in a part
+constexpr int SORTED_ROWS = 4;                 // whose lists are sorted together: see sparse_attn.backends.row_lists
+constexpr int OWN_ENTRIES = 4;                 // that are multiplied at a time
+constexpr int QUARTERS = LANES / SORTED_ROWS;  // of a group, in a part
 
-// A part of a group's own entries, in two orders: lane by lane, and as products take them, with their places (see
-// Lists).
+// A part of a group's own entries, in two orders: lane by lane, and sorted, with their places, as products take them.
 struct OwnEntries {
   const int32_t* rows;
   int64_t first[LANES], count[LANES] = {};
   int64_t slots = 0;  // the most of a lane, made even
   const int32_t* sorted_rows;
   const int32_t* places;
-  int64_t begin[QUARTERS], end[QUARTERS];  // in both of them
+  int64_t begin[QUARTERS], end[QUARTERS];  // of the sorted ones
 };
 
 SPARSE_ATTN_INLINE uint32_t lane_of(int32_t place) {
@@ -57,7 +57,7 @@ inline OwnEntries own_entries_of_part(
   OwnEntries own;
   own.rows = lists.row_columns, own.sorted_rows = lists.sorted_columns, own.places = lists.sorted_places;
   for (int quarter = 0; quarter < QUARTERS; ++quarter) {
-    own.begin[quarter] = stops[quarter * OWN_ROWS], own.end[quarter] = stops[(quarter + 1) * OWN_ROWS];
+    own.begin[quarter] = stops[quarter * SORTED_ROWS], own.end[quarter] = stops[(quarter + 1) * SORTED_ROWS];
   }
   for (int lane = 0; lane < LANES; ++lane) {
     own.first[lane] = stops[lane], own.count[lane] = stops[lane + 1] - stops[lane];
@@ -67,7 +67,7 @@ inline OwnEntries own_entries_of_part(
     int64_t count = 0;
     for (int lane = 0; lane < LANES; ++lane) {
       const int64_t end = call.causal ? std::min(keys_end, first_row + lane + 1) : keys_end, first = count;
-      own.begin[lane / OWN_ROWS] = lane % OWN_ROWS == 0 ? count : own.begin[lane / OWN_ROWS];
+      own.begin[lane / SORTED_ROWS] = lane % SORTED_ROWS == 0 ? count : own.begin[lane / SORTED_ROWS];
       for (int64_t entry = stops[lane]; entry < stops[lane + 1]; ++entry) {
         const int32_t key = lists.row_columns[entry];
         memory[0][count] = key;
@@ -75,14 +75,14 @@ inline OwnEntries own_entries_of_part(
         count += key < end && (!padding || padding[key]);
       }
       own.first[lane] = first, own.count[lane] = count - first;
-      own.end[lane / OWN_ROWS] = count;
+      own.end[lane / SORTED_ROWS] = count;
     }
     own.rows = own.sorted_rows = memory[0], own.places = memory[1];
   } else if (keys_end < lists.blocks * STOP_KEYS) {
     std::fill_n(own.count, LANES, 0);
     for (int quarter = 0; quarter < QUARTERS; ++quarter) {
       const int32_t *first = own.sorted_rows + own.begin[quarter], *last = own.sorted_rows + own.end[quarter];
-      // A loop of few steps that never guesses wrong, as a search would.
+      // Counted, not searched: a search guesses wrong at every other step.
       own.end[quarter] = own.begin[quarter] + std::count_if(first, last, [=](int32_t key) { return key < keys_end; });
       for (int64_t entry = own.begin[quarter]; entry < own.end[quarter]; ++entry) {
         own.count[lane_of(own.places[entry])] = own.places[entry] / GROUP_ROWS + 1;

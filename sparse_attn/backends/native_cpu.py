@@ -13,7 +13,7 @@ from ..dropout import drop_threshold
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_gradients, empty_results
 from ..quantization import QuantizationTable
-from .row_lists import row_lists
+from .row_lists import row_lists_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
@@ -64,7 +64,7 @@ def layout_arguments(
     """The column lists for 16 queries, then the same divided; in training also those for 16 keys. bfloat16 has no
     divided ones: kernels that multiply pairs of it do not take them."""
     lists = layout.lists(_ROWS)
-    divided = row_lists(lists) if dtype != torch.bfloat16 else None
+    divided = row_lists_of(layout) if dtype != torch.bfloat16 else None
     all_lists = [lists, layout.lists(_ROWS, transposed=True)] if training else [lists]
     tensors = [[own.stops, own.columns, own.row_bits] for own in all_lists]
     tensors[1:1] = [divided.tensors() if divided else [torch.empty(0, dtype=torch.int32, device="cpu")] * 7]

@@ -7,11 +7,12 @@ the many keys of an element mask that few rows keep, sixteen products are more w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..layout import ColumnLists, for_training_too
+from ..layout import ColumnLists, SparseLayout, for_training_too
 
 FEW_ROWS = 5  # at most that many keep a key of row lists: what was fastest with AVX-512
 SORTED_ROWS = 4  # rows that any of the kernels takes together
@@ -45,6 +46,16 @@ class RowLists:
             shared.stops, shared.columns, shared.row_bits,
             self.stops, self.columns, self.sorted_columns, self.sorted_places,
         ]  # fmt: skip
+
+
+_of_layouts: WeakKeyDictionary[SparseLayout, RowLists | None] = WeakKeyDictionary()
+
+
+def row_lists_of(layout: SparseLayout) -> RowLists | None:
+    """The row lists of a layout on the CPU, made once for all kinds of calls."""
+    if layout not in _of_layouts:
+        _of_layouts[layout] = row_lists(layout.lists())
+    return _of_layouts[layout]
 
 
 @for_training_too
