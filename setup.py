@@ -15,19 +15,19 @@ PYTHON_TAG = "cp310"
 
 def missing_for_extension() -> str | None:
     """Says what the extension cannot be built without, or returns None where everything is there."""
+    if os.name == "nt":
+        return "the kernels need GCC or Clang"
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next((one for one in candidates if shutil.which(one.split()[0])), None)
+    if compiler is None:
+        return f"no C++ compiler was found (looked for {', '.join(candidates)})"
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError as error:
         return f"the build cannot import torch ({error}); install torch, then use --no-build-isolation"
-    if os.name == "nt":
-        return "the kernels need GCC or Clang"
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for candidate in candidates:
-        if shutil.which(candidate.split()[0]):
-            os.environ["CXX"] = candidate
-            os.environ.setdefault("CC", candidate)
-            return None
-    return f"no C++ compiler was found (looked for {', '.join(candidates)})"
+    os.environ["CXX"] = compiler
+    os.environ.setdefault("CC", compiler)
+    return None
 
 
 def extension_arguments() -> dict:

@@ -9,9 +9,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from tests.interpreter import patch_language_once_a_launch
+    from tests import interpreter
 
-    patch_language_once_a_launch()
+    interpreter.make_faster()
 
 import pytest
 from hypothesis import settings

@@ -8,13 +8,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+
+import sparse_attn
+from sparse_attn.tracing import constant_when_traced
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module imports from layers above its own in this list, or from its own layer without a cycle.
 LAYERS = [
     ["version"],
-    ["arguments", "files", "extension", "progress", "dropout", "distributed", "cutting"],
+    ["arguments", "files", "extension", "progress", "dropout", "distributed", "cutting", "tracing"],
     ["bitpacking"],
     ["averages", "published", "quantization", "calibration", "ranking", "step_lists"],
     ["layout"],
@@ -35,6 +39,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 import sparse_attn
+assert not {"transformers", "torch._dynamo"} & set(sys.modules), "either takes longer than torch itself"
 assert not torch.cuda.is_available()
 mask = sparse_attn.GlobalMask.from_function(lambda layer, head, query, key: query >= key, 1, 2, 24)
 query, key, value = torch.randn(3, 1, 2, 24, 32)
@@ -51,6 +56,24 @@ def test_works_without_triton_and_gpu(monkeypatch, tmp_path):
     command = [sys.executable, "-c", COLD_START]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_imported_late_are_those_that_editors_see():
+    tree = ast.parse(Path(sparse_attn.__file__).read_text())
+    (unrun,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {node.module: tuple(alias.name for alias in node.names) for node in unrun.body}
+    assert seen == sparse_attn._MODULES
+    assert all(getattr(sparse_attn, name).__name__ == name for names in seen.values() for name in names)
+    assert set(sparse_attn.__all__) <= set(dir(sparse_attn))
+    assert not hasattr(sparse_attn, "patch_gpt")
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    def ours(): ...
+
+    def theirs(): ...
+
+    assert vars(constant_when_traced(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 @cache

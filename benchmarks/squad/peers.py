@@ -31,15 +31,19 @@ def use_packed(model: PreTrainedModel) -> str:
     return _packed_kernel(weight.device, weight.dtype)[0]
 
 
-def use_flash(model: PreTrainedModel) -> str:
-    """transformers' flash attention over packed batches. Raises Absent where it cannot run."""
-    weight = next(model.parameters())
-    if weight.device.type != "cuda":
+def require_flash(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises Absent where flash-attn cannot run."""
+    if device.type != "cuda":
         raise Absent("flash-attn needs a GPU")
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        raise Absent(f"flash-attn computes float16 and bfloat16, not {weight.dtype}".replace("torch.", ""))
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise Absent(f"flash-attn computes float16 and bfloat16, not {dtype}".replace("torch.", ""))
     if not is_flash_attn_2_available():
         raise Absent("flash-attn is not installed")
+
+
+def use_flash(model: PreTrainedModel) -> str:
+    """transformers' flash attention over packed batches. Raises Absent where it cannot run."""
+    require_flash(model.device, model.dtype)
     set_attention_implementation(model, "flash_attention_2")
     return "flash-attn"
 

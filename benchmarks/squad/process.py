@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ..device import ROOT
 from ..verdicts import Absent
+from .peers import require_flash
 from .worker import Job, Measured
 
 _OF_A_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # not a worker's
@@ -29,6 +30,8 @@ def run_worker(job: Job, folder: Path) -> tuple[Measured, dict[str, torch.Tensor
 
     Raises VariantFailed, or Absent where the variant cannot run on this machine.
     """
+    if job.attention == "flash":  # known without a process
+        require_flash(torch.device(job.device), getattr(torch, job.dtype))
     spec, out = folder / "spec.json", folder / "out.json"
     for path in (out, out.with_suffix(".safetensors")):
         path.unlink(missing_ok=True)

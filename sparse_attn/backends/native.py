@@ -11,6 +11,7 @@ from .. import extension
 from ..layout import SparseLayout
 from ..ops import AttentionCall, register_backend
 from ..quantization import QuantizationTable
+from ..tracing import constant_when_traced
 from . import native_cpu, native_cuda
 
 NAME = "native"
@@ -30,7 +31,7 @@ def unsupported(call: AttentionCall, training: bool) -> list[str]:
     return reasons + _kernels(call.query.device).refusals(call, training)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace how the extension is loaded
+@constant_when_traced  # torch.compile cannot trace how the extension is loaded
 def _missing() -> str | None:
     return extension.reason()
 

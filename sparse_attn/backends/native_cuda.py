@@ -10,6 +10,7 @@ from ..kernels.configuration import BlockConfig, Problem, choose_native
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_gradients, empty_results
 from ..quantization import QuantizationTable
+from ..tracing import constant_when_traced
 from .fragment_lists import GROUP_ROWS, MAX_LENGTH, MAX_ORDERED_HEADS, FragmentLists, fragment_lists
 from .tickets import ticket_of
 
@@ -44,7 +45,7 @@ def built() -> bool:
     return extension.available() and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace how the extension is loaded
+@constant_when_traced  # torch.compile cannot trace how the extension is loaded
 def _built_without() -> bool:
     return extension.available() and not built()
 
@@ -103,7 +104,7 @@ _FORWARD_AREAS, _BACKWARD_AREAS = 12, 16  # at most, of 16 rows each: a warp has
 _EXTRA_SHARED_BYTES = 3072  # at most, for what else lies beside keys and values
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and the shared memory that one block can have in bytes."""
     properties = torch.cuda.get_device_properties(device)

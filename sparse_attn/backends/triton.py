@@ -16,6 +16,7 @@ from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_gradients, empty_results, register_backend
 from ..quantization import QuantizationTable
 from ..step_lists import StepLists
+from ..tracing import constant_when_traced
 
 NAME = "triton"
 BACKWARD_USES_LSE = True
@@ -69,7 +70,7 @@ def _installed() -> bool:
 TRITON_INSTALLED = _installed()
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace into Triton's settings
+@constant_when_traced  # torch.compile cannot trace into Triton's settings
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, which it decides once, at its import."""
     from triton import knobs

@@ -20,7 +20,6 @@ from benchmarks.squad.options import parse_options
 from benchmarks.squad.rows import Outcome
 from benchmarks.squad.setting import read_setting
 from benchmarks.squad.table import mask_text, measured_lines
-from benchmarks.squad.worker import measure
 from sparse_attn import GlobalMask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,20 +30,6 @@ FIRST_ROWS = "eager-padded,sdpa-unpadded,sparse-unpadded"
 
 def results_of(tmp_path):
     return json.loads((tmp_path / "results" / "results.json").read_text())
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Rows are measured in this process, which is fast; the labels of those that were."""
-    labels = []
-
-    def run_worker(job, folder):
-        labels.append(job.label)
-        return measure(job)
-
-    monkeypatch.setattr(squad_rows, "run_worker", run_worker)
-    monkeypatch.setattr(squad_rows, "measure_matrix_rate", lambda *_: 1e13)
-    return labels
 
 
 def test_a_row_is_measured_in_a_process_of_its_own(arguments, tmp_path):

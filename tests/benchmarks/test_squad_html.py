@@ -9,11 +9,9 @@ import pytest
 
 from benchmarks.report import RESULTS
 from benchmarks.squad import __main__ as squad
-from benchmarks.squad import rows as squad_rows
 from benchmarks.squad.html import page, write_page
 from benchmarks.squad.html_charts import row_labels, sweep_charts, sweep_key
 from benchmarks.squad.table import COLUMNS, cells
-from benchmarks.squad.worker import measure
 from sparse_attn import GlobalMask
 from tests.benchmarks.html_reading import read_html, text_of
 
@@ -290,8 +288,7 @@ def test_the_file_is_the_page(results, tmp_path):
     assert (tmp_path / "results.html").read_text(encoding="utf-8") == page(results, [mask])
 
 
-def test_the_command_writes_the_page_of_what_it_measured(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(squad_rows, "run_worker", lambda job, folder: measure(job))
+def test_the_command_writes_the_page_of_what_it_measured(in_process, arguments, tmp_path):
     sweep = ["--sweep", "sparsity", "0,0.9", "--granularity", "tile,element", "--repeats", "1"]
     assert squad.main([*arguments, "--variants", "sdpa-unpadded,sparse-unpadded", *sweep]) == 0
     root = read_html((tmp_path / "results" / "results.html").read_text(encoding="utf-8"))

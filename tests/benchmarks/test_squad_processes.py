@@ -26,7 +26,7 @@ def launch(arguments):
 
 
 @pytest.mark.xdist_group("distributed")
-def test_two_processes_find_the_accuracy_of_one(arguments, tmp_path):
+def test_two_processes_find_the_accuracy_of_one(in_process, arguments, tmp_path):
     command = [*arguments, "--variants", "flash-unpadded,sparse-unpadded", "--device", "cpu"]
     assert squad.main(command) == 0
     results = tmp_path / "results" / "results.json"

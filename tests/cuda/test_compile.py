@@ -32,7 +32,8 @@ def compiled(tmp_path_factory) -> tuple[Path, str]:
     """The object file, and what ptxas says of its kernels."""
     target = tmp_path_factory.mktemp("nvcc") / "attention.o"
     include = [str(Path(torch.__file__).parent / "include")]
-    done = nvcc.compile_object(COMPILER, target, include, [MACRO], options=["-Xptxas", "-v", "-Werror", "all-warnings"])
+    options = ["-Xptxas", "-v", "-Werror", "all-warnings", "-Xcompiler", "-O0"]  # the host's code matters elsewhere
+    done = nvcc.compile_object(COMPILER, target, include, [MACRO], options=options)
     assert done.returncode == 0, done.stderr
     return target, done.stdout + done.stderr
 
@@ -55,12 +56,14 @@ def test_kernels_fit_and_spill_nothing(compiled):
 def test_kernels_use_the_instructions_they_are_made_for(compiled):
     """Products of matrices, rows gathered from shared memory as they are and transposed, asynchronous copies."""
     cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
-    listing = subprocess.run([cuobjdump, "-sass", compiled[0]], capture_output=True, text=True).stdout
-    kernels = listing.split("Function :")[1:]
-    assert len(kernels) == COUNT * len(ARCHITECTURES)
-    for kernel in kernels:
-        for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS"):
-            assert instruction in kernel
+    for architecture in {"80", "90", "100"} & set(ARCHITECTURES):  # sm_86 and sm_89 have the instructions of sm_80
+        command = [cuobjdump, "-sass", f"-arch=sm_{architecture}", compiled[0]]
+        listing = subprocess.run(command, capture_output=True, text=True).stdout
+        kernels = listing.split("Function :")[1:]
+        assert len(kernels) == COUNT
+        for kernel in kernels:
+            for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS"):
+                assert instruction in kernel
 
 
 def test_a_compiler_newer_than_torchs_cuda_is_passed_over(tmp_path, capsys):

@@ -25,8 +25,9 @@ def test_compiles_as_one_graph_for_any_length(model, backend):
     for lengths in ((20, 13), (31, 2), (9, 9)):
         inputs = inputs_of(lengths)
         close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs)
-    inputs.pop("attention_mask")
-    torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
+    if backend == "auto":
+        inputs.pop("attention_mask")
+        torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
 
 
 @pytest.mark.parametrize("unpad", [True, False])
@@ -51,7 +52,9 @@ def test_layers_compiled_one_by_one_are_compiled_once(model, unpad):
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_compiled_passes_have_gradients(model, mode):
     """A traced pass finds its lists, also in evaluation mode, where weights ask for gradients all the same."""
-    patch_bert(getattr(model, mode)(), GlobalMask(MASK.keep))
+    del model.encoder.layer[1:]  # one compiles faster
+    model.config.num_hidden_layers = 1
+    patch_bert(getattr(model, mode)(), GlobalMask(MASK.keep[:1]))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     compiled(**inputs_of()).last_hidden_state.square().sum().backward()
