@@ -1,12 +1,14 @@
-// The kernels for processors with AVX2 and FMA (Haswell, Zen and later).
+// The kernels for processors with AVX2, FMA and F16C (Haswell, Zen and later).
 #if defined(__x86_64__)
+
+#include <immintrin.h>
 
 #include "attention.h"
 #include "instructions.h"
 
 #define SPARSE_ATTN_ISA avx2
 #define SPARSE_ATTN_LANES 8
-SPARSE_ATTN_INSTRUCTIONS_BEGIN("avx2,fma")
+SPARSE_ATTN_INSTRUCTIONS_BEGIN("avx2,fma,f16c")
 #include "attention_kernels.h"
 
 namespace sparse_attn {

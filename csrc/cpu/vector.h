@@ -1,6 +1,6 @@
 // Float lanes, one for each query row, in the compiler's own vectors. The including file chooses the instructions,
 // names them in SPARSE_ATTN_ISA, so that code for different processors never shares a symbol, and says how many lanes
-// fill a register: SPARSE_ATTN_LANES, 4, 8 or 16. With 16 it also includes <immintrin.h>, before it chooses.
+// fill a register: SPARSE_ATTN_LANES, 4, 8 or 16. With 8 and 16 it also includes <immintrin.h>, before it chooses.
 #pragma once
 
 #include <algorithm>
@@ -158,6 +158,16 @@ SPARSE_ATTN_INLINE void store_bfloat16(uint16_t* to, Floats lanes) {
   std::memcpy(to, &shorts, sizeof shorts);
 }
 
+#if SPARSE_ATTN_LANES == 8
+// AVX-512 is as fast without the processor's own conversions.
+SPARSE_ATTN_INLINE Floats load_float16(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+SPARSE_ATTN_INLINE void store_float16(uint16_t* to, Floats lanes) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(lanes, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
 SPARSE_ATTN_INLINE Floats load_float16(const uint16_t* from) {
   Shorts shorts;
   std::memcpy(&shorts, from, sizeof shorts);
@@ -183,5 +193,6 @@ SPARSE_ATTN_INLINE void store_float16(uint16_t* to, Floats lanes) {
   const Shorts shorts = __builtin_convertvector(half | sign, Shorts);
   std::memcpy(to, &shorts, sizeof shorts);
 }
+#endif
 
 }  // namespace sparse_attn::SPARSE_ATTN_ISA

@@ -17,6 +17,7 @@ from .row_lists import row_lists_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
+_OF_PAIRS = ("amx", "avx512_bf16")  # instruction sets whose products of bfloat16 take no divided lists
 
 _CALL = (
     "Tensor? query_lengths, Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, int max_length, "
@@ -61,10 +62,11 @@ def refusals(call: AttentionCall, training: bool) -> list[str]:
 def layout_arguments(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The column lists for 16 queries, then the same divided; in training also those for 16 keys. bfloat16 has no
-    divided ones: kernels that multiply pairs of it do not take them."""
+    """The column lists for 16 queries, then the same divided, where the kernels take them; in training also those for
+    16 keys."""
     lists = layout.lists(_ROWS)
-    divided = row_lists_of(layout) if dtype != torch.bfloat16 else None
+    of_pairs = dtype == torch.bfloat16 and (_instruction_set or instruction_sets()[0]) in _OF_PAIRS
+    divided = None if of_pairs else row_lists_of(layout)
     all_lists = [lists, layout.lists(_ROWS, transposed=True)] if training else [lists]
     tensors = [[own.stops, own.columns, own.row_bits] for own in all_lists]
     tensors[1:1] = [divided.tensors() if divided else [torch.empty(0, dtype=torch.int32, device="cpu")] * 7]
