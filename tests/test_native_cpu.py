@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_attn import QuantizationTable, extension, log_table, sparse_attention
+from sparse_attn import QuantizationTable, SparseLayout, extension, log_table, sparse_attention
 from sparse_attn.backends import native_cpu, row_lists
 from tests.helpers import assert_within_budget, gradients, random_inputs, random_layout
 
@@ -106,6 +106,32 @@ def test_every_instruction_set_has_the_same_gradients(instruction_set, dtype, he
     exact = gradients([t.double() for t in tensors], layout, grad_output.double(), "reference", **arguments)
     for own, true in zip(ours, exact, strict=True):
         assert (own.double() - true).norm() <= 8 * torch.finfo(dtype).eps * true.norm() + 1e-5
+
+
+@pytest.mark.parametrize("few_rows", [0, 3, 16])
+@pytest.mark.parametrize("sparsity", [0.05, 0.8])
+def test_shared_and_row_lists_have_the_same_gradients(instruction_set, sparsity, few_rows, monkeypatch):
+    """Keys that end within a group, queries within its list, and rounding and dropout of single positions."""
+    monkeypatch.setattr(row_lists, "FEW_ROWS", few_rows)
+    layout, lengths = random_layout(2, 80, sparsity, "cpu"), torch.tensor([75, 61])
+    tensors = random_inputs((2, 2, 75, 40), torch.float32, "cpu")
+    grad_output = torch.randn_like(tensors[0])
+    for arguments in ({}, dict(bits=3, dropout=0.3), dict(key_lengths=lengths), dict(query_lengths=lengths, bits=2)):
+        ours = gradients(tensors, layout, grad_output, "native", **arguments)
+        exact = gradients([t.double() for t in tensors], layout, grad_output.double(), "reference", **arguments)
+        for own, true in zip(ours, exact, strict=True):
+            torch.testing.assert_close(own.double(), true, atol=1e-5, rtol=1e-4)
+
+
+def test_row_lists_of_a_longer_mask(instruction_set):
+    """What lies beyond a sequence, most of a mask whose last quarter keeps more, has no place among its scores."""
+    keep = torch.rand(1, 640, 640) < 0.01
+    keep[:, 481:] |= torch.rand(1, 159, 640) < 0.2
+    layout, tensors = SparseLayout(keep), random_inputs((1, 1, 481, 16), torch.float32, "cpu")
+    ours = gradients(tensors, layout, tensors[0], "native")
+    exact = gradients([t.double() for t in tensors], layout, tensors[0].double(), "reference")
+    for own, true in zip(ours, exact, strict=True):
+        torch.testing.assert_close(own.double(), true, atol=1e-5, rtol=1e-4)
 
 
 def test_conversions_round_like_torch(instruction_set):

@@ -292,6 +292,13 @@ void native_attention_backward(
     const Tensor transposed_columns,
     const Tensor transposed_bits,
     bool transposed_full,
+    const Tensor shared_stops,
+    const Tensor shared_columns,
+    const Tensor shared_bits,
+    const Tensor row_stops,
+    const Tensor row_columns,
+    const Tensor sorted_columns,
+    const Tensor sorted_places,
     const OptionalTensor query_lengths,
     const OptionalTensor key_lengths,
     const OptionalTensor key_padding,
@@ -341,6 +348,8 @@ void native_attention_backward(
   const bool packed = cu_seqlens.has_value();
   call.lists = lists_of(stops, columns, row_bits, full, call.heads);
   call.transposed = lists_of(transposed_stops, transposed_columns, transposed_bits, transposed_full, call.heads);
+  call.divided = divided_lists_of(
+      shared_stops, shared_columns, shared_bits, row_stops, row_columns, sorted_columns, sorted_places, call.heads);
   call.grad_output = matrix_of(grad_output, packed);
   call.grad_query = matrix_of(grad_query, packed);
   call.grad_key = matrix_of(grad_key, packed);

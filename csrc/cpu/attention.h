@@ -70,6 +70,7 @@ struct Forward : Call {
 
 struct Backward : Call {
   Lists lists, transposed;
+  DividedLists divided;  // of the transposed ones
   Matrix grad_output, grad_query, grad_key, grad_value;
   const float* lse;
   float* delta;

@@ -18,7 +18,7 @@ const Kernels AVX512_KERNELS = {
     avx512::Workspace::floats,
     avx512::forward<avx512::Side>,
     avx512::backward_query,
-    avx512::backward_key_value};
+    avx512::backward_key_value<avx512::Side>};
 
 }  // namespace sparse_attn
 SPARSE_ATTN_INSTRUCTIONS_END

@@ -34,18 +34,20 @@ struct FloatSide {
     products(lanes, dims, rows, list, visit);
   }
 
-  // To scores [slots][LANES]; lanes are rows of `other`, from first_row on.
+  // To scores; lanes are rows of `other`, from first_row on.
+  template <Order ORDER>
   void own_products(const Head& other, int64_t first_row, uint32_t alive, const OwnEntries& own, float* scores) const {
     load_rows(other, first_row, alive, factor, own_lanes);
-    sparse_attn::SPARSE_ATTN_ISA::own_products(own_lanes, dims, rows, own, scores);
+    sparse_attn::SPARSE_ATTN_ISA::own_products<ORDER>(own_lanes, dims, rows, own, scores);
   }
 
-  // Weights [entries][LANES], then, of own entries, [slots][LANES].
+  // Weights [entries][LANES], then those of own entries.
+  template <Order ORDER>
   SPARSE_ATTN_INLINE_MEMBER void weighted_sums(
       const float* weights, const Entries& list, const OwnEntries& own, const OutputRows& outputs) const {
     const auto row_of = [&](int64_t entry) __attribute__((always_inline)) { return rows.at(list.rows[entry]); };
     if (own.slots > 0) {
-      own_sums(weights + list.count * LANES, dims, rows, own, own_lanes);
+      own_sums<ORDER>(weights + list.count * LANES, dims, rows, own, own_lanes);
     }
     weighted_rows(weights, list.count, dims, row_of, outputs, own.slots > 0 ? own_lanes : nullptr);
   }
@@ -53,7 +55,7 @@ struct FloatSide {
   // Weights [entries][LANES].
   SPARSE_ATTN_INLINE_MEMBER void weighted_sums(
       const float* weights, const Entries& list, const OutputRows& outputs) const {
-    weighted_sums(weights, list, OwnEntries{}, outputs);
+    weighted_sums<Order::Slots>(weights, list, OwnEntries{}, outputs);
   }
 };
 

@@ -153,7 +153,7 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
     });
     if constexpr (Side::TAKES_OWN_ENTRIES) {
       if (own.slots > 0) {
-        keys.own_products(query, first_row, alive, own, scores + list.count * LANES);
+        keys.template own_products<Order::Slots>(query, first_row, alive, own, scores + list.count * LANES);
       }
     }
     const int64_t count = list.count + own.slots;
@@ -201,7 +201,7 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
     normaliser = select(alive, normaliser, splat(0.0f));  // padding rows yield zeros
     const OutputRows outputs(output, first_row, stored, normaliser);
     if constexpr (Side::TAKES_OWN_ENTRIES) {
-      values.weighted_sums(scores, list, own, outputs);
+      values.template weighted_sums<Order::Slots>(scores, list, own, outputs);
     } else {
       values.weighted_sums(scores, list, outputs);
     }
@@ -267,6 +267,7 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
 }
 
 // dk and dv of a group of keys: lanes are keys, entries are queries.
+template <class Side>
 inline void backward_key_value(const Backward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
@@ -274,7 +275,11 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
   const Head value = head_of(call, call.value, sequence, task.head);
   const Head grad_key = head_of(call, call.grad_key, sequence, task.head);
   const Head grad_value = head_of(call, call.grad_value, sequence, task.head);
-  const int64_t row_count = sequence.rows_end, uses = uses_of(call.transposed, task, row_count + call.query_offset);
+  const int64_t row_count = sequence.rows_end;
+  const bool divided = Side::TAKES_OWN_ENTRIES && divided_are_faster(call.divided, row_count) && !call.causal &&
+                       !call.key_padding && call.query_offset == 0;
+  const int64_t uses = divided ? uses_of(call.divided, task, row_count) + own_uses_of(call.divided, task)
+                               : uses_of(call.transposed, task, row_count + call.query_offset);
   const Side queries(
       call, head_of(call, call.query, sequence, task.head), row_count, uses, call.scale * LOG2_E, space.first);
   const Side grads(call, head_of(call, call.grad_output, sequence, task.head), row_count, uses, 1.0f, space.second);
@@ -283,6 +288,11 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
   const int64_t row_start = sequence.index * call.lse_batch + task.head * call.lse_head + sequence.first_token;
   const uint8_t* padding = call.key_padding ? call.key_padding + task.batch * call.key_len : nullptr;
   float *used = space.first_scores, *grad_scores = space.second_scores;
+  const auto lse2_of = [&](int32_t row) __attribute__((always_inline)) {
+    const float lse = call.lse[row_start + row];
+    return std::isinf(lse) ? 0.0f : lse * LOG2_E;
+  };
+  const auto delta_of = [&](int32_t row) __attribute__((always_inline)) { return call.delta[row_start + row]; };
 
   for (int64_t part = task.first * PARTS; part < task.end * PARTS; ++part) {
     const int64_t first_key = part * LANES;
@@ -294,16 +304,21 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       }
     }
     Entries list{nullptr, nullptr, 0};
+    OwnEntries own{};
+    const bool divided_here = divided && alive == ALL_LANES;
+    const Lists& lists = divided_here ? call.divided : call.transposed;
     if (alive) {
-      list = queries_of_part(call, call.transposed, task, part, alive, sequence.rows_end, space);
+      list = queries_of_part(call, lists, task, part, alive, sequence.rows_end, space);
+      if (divided_here) {
+        own = own_entries_of_part(call, call.divided, task, part, sequence.rows_end, space.own);
+      }
       queries.set_lanes(key, first_key, alive);
       grads.set_lanes(value, first_key, alive);
     }
-    prefetch_list(call.transposed, task.head, part / PARTS + 1);
+    prefetch_list(lists, task.head, part / PARTS + 1);
     prefetch_around(first_key, {&key, &value}, sequence.keys_end, {&grad_key, &grad_value}, sequence.keys_stored);
     queries.lane_products(list, [&](int64_t entry, Floats score) __attribute__((always_inline)) {
-      const float lse = call.lse[row_start + list.rows[entry]];
-      const Floats log2_p = score - (std::isinf(lse) ? 0.0f : lse * LOG2_E);
+      const Floats log2_p = score - lse2_of(list.rows[entry]);
       const Floats p = exp2_of(log2_p);
       store(grad_scores + entry * LANES, kept_or(list, entry, p, 0.0f));
       if (call.rounding.count > 0) {
@@ -312,7 +327,7 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       }
     });
     grads.lane_products(list, [&](int64_t entry, Floats dp) __attribute__((always_inline)) {
-      const int64_t row = list.rows[entry];
+      const int32_t row = list.rows[entry];
       const Floats p = load(grad_scores + entry * LANES);
       Floats weight = call.rounding.count > 0 ? load(used + entry * LANES) : p;
       if (call.dropout.threshold > 0) {
@@ -322,10 +337,38 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
         dp *= factors;
       }
       store(used + entry * LANES, weight);
-      store(grad_scores + entry * LANES, p * (dp - call.delta[row_start + row]));
+      store(grad_scores + entry * LANES, p * (dp - delta_of(row)));
     });
-    grads.weighted_sums(used, list, {grad_value, first_key, stored, splat(1.0f)});
-    queries.weighted_sums(grad_scores, list, {grad_key, first_key, stored, splat(call.scale)});
+    float *own_used = used + list.count * LANES, *own_grads = grad_scores + list.count * LANES;
+    if constexpr (Side::TAKES_OWN_ENTRIES) {
+      if (own.slots > 0) {
+        queries.template own_products<Order::Lanes>(key, first_key, alive, own, own_used);
+        grads.template own_products<Order::Lanes>(value, first_key, alive, own, own_grads);
+      }
+    }
+    visit_own(own, [&](int lane, const Names& rows, int64_t at, uint32_t which) __attribute__((always_inline)) {
+      const Floats log2_p = load(own_used + at) - gathered(rows, lse2_of);
+      const Floats p = exp2_of(log2_p);
+      Floats weight = call.rounding.count > 0 ? round_to_levels(log2_p) + p * 0.0f : p;
+      Floats dp = load(own_grads + at);
+      if (call.dropout.threshold > 0) {
+        const Words words = row_words(call.dropout, load_words(rows) * numbers.step + numbers.first);
+        const Floats factors = dropout_factors(call.dropout, words, splat_word(uint32_t(first_key + lane)));
+        weight *= factors;
+        dp *= factors;
+      }
+      store_some(own_used + at, which, weight);
+      store_some(own_grads + at, which, p * (dp - gathered(rows, delta_of)));
+    });
+    const OutputRows value_outputs(grad_value, first_key, stored, splat(1.0f));
+    const OutputRows key_outputs(grad_key, first_key, stored, splat(call.scale));
+    if constexpr (Side::TAKES_OWN_ENTRIES) {
+      grads.template weighted_sums<Order::Lanes>(used, list, own, value_outputs);
+      queries.template weighted_sums<Order::Lanes>(grad_scores, list, own, key_outputs);
+    } else {
+      grads.weighted_sums(used, list, value_outputs);
+      queries.weighted_sums(grad_scores, list, key_outputs);
+    }
   }
 }
 
@@ -340,7 +383,7 @@ inline void backward_query_any(const Backward& call, const Task& task, float* me
 }
 
 inline void backward_key_value_any(const Backward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) ? backward_key_value : AVX512_KERNELS.backward_key_value)(call, task, memory);
+  (rows_are_pairs(call) ? backward_key_value<Side> : AVX512_KERNELS.backward_key_value)(call, task, memory);
 }
 #endif
 

@@ -1,6 +1,7 @@
 // Keys that few rows of a group keep are a lane's own. Met by all lanes they would be multiplied mostly for rows that
-// do not keep them, so a row and a key meet alone here: vectors run along their dimensions. Scores lie as [slot][lane],
-// behind those of the entries that all lanes meet; a slot holds another key for every lane.
+// do not keep them, so a row and a key meet alone here: vectors run along their dimensions. Scores lie behind those of
+// the entries that all lanes meet: for a softmax as [slot][lane], where a slot holds another key for every lane, and
+// for gradients, which need no slots, lane by lane.
 #pragma once
 
 #include <algorithm>
@@ -19,18 +20,31 @@ constexpr int QUARTERS = LANES / SORTED_ROWS;  // of a group, in a part
 struct OwnEntries {
   const int32_t* rows;
   int64_t first[LANES], count[LANES] = {};
-  int64_t slots = 0;  // the most of a lane, made even
+  int64_t before[LANES];  // how many the lanes before have
+  int64_t slots = 0;      // the most of a lane
   const int32_t* sorted_rows;
   const int32_t* places;
   int64_t begin[QUARTERS], end[QUARTERS];  // of the sorted ones
 };
 
+enum class Order { Slots, Lanes };  // of scores
+
+// Where the scores of a lane begin, and how far one is from the next.
+template <Order ORDER>
+SPARSE_ATTN_INLINE int64_t first_score_of(const OwnEntries& own, int64_t lane) {
+  return ORDER == Order::Slots ? lane : own.before[lane];
+}
+
+template <Order ORDER>
+constexpr int64_t SCORE_STEP = ORDER == Order::Slots ? LANES : 1;
+
 SPARSE_ATTN_INLINE uint32_t lane_of(int32_t place) {
   return static_cast<uint32_t>(place) % LANES;
 }
 
-SPARSE_ATTN_INLINE uint32_t score_at(int32_t place) {
-  return static_cast<uint32_t>(place) / GROUP_ROWS * LANES + lane_of(place);
+template <Order ORDER>
+SPARSE_ATTN_INLINE int64_t score_at(const OwnEntries& own, int32_t place) {
+  return first_score_of<ORDER>(own, lane_of(place)) + static_cast<uint32_t>(place) / GROUP_ROWS * SCORE_STEP<ORDER>;
 }
 
 // Whether divided lists are the faster ones: short sequences have too few entries for what those cost each group.
@@ -91,8 +105,8 @@ inline OwnEntries own_entries_of_part(
   }
   for (int lane = 0; lane < LANES; ++lane) {
     own.slots = std::max(own.slots, own.count[lane]);
+    own.before[lane] = lane > 0 ? own.before[lane - 1] + own.count[lane - 1] : 0;
   }
-  own.slots += own.slots % 2;
   return own;
 }
 
@@ -128,6 +142,7 @@ SPARSE_ATTN_INLINE Four sums_of_four(const Floats (&vectors)[4]) {
 
 // The products of OWN_ENTRIES lanes' rows, in lane_rows [LANES][dims], with the rows that they meet. The entries may be
 // the same.
+template <Order ORDER>
 SPARSE_ATTN_INLINE void four_products(
     const float* lane_rows,
     int64_t dims,
@@ -154,29 +169,30 @@ SPARSE_ATTN_INLINE void four_products(
   const Four sums = sums_of_four(sum);
 #pragma GCC unroll 4
   for (int i = 0; i < OWN_ENTRIES; ++i) {
-    scores[score_at(place[i])] = sums[i];
+    scores[score_at<ORDER>(own, place[i])] = sums[i];
   }
 }
 
-// To scores [slots][LANES], minus infinity where a lane meets fewer.
+// In slots, minus infinity where a lane meets fewer.
+template <Order ORDER>
 SPARSE_ATTN_INLINE void own_products(
     const float* lane_rows, int64_t dims, Rows rows, const OwnEntries& own, float* scores) {
-  for (int64_t slot = 0; slot < own.slots; ++slot) {
+  for (int64_t slot = 0; ORDER == Order::Slots && slot < own.slots; ++slot) {
     store(scores + slot * LANES, splat(-std::numeric_limits<float>::infinity()));
   }
   for (int quarter = 0; quarter < QUARTERS; ++quarter) {
     const int64_t begin = own.begin[quarter], end = own.end[quarter], rest = (end - begin) % OWN_ENTRIES;
     for (int64_t first = begin; first < end - rest; first += OWN_ENTRIES) {
-      four_products(lane_rows, dims, rows, own, {first, first + 1, first + 2, first + 3}, scores);
+      four_products<ORDER>(lane_rows, dims, rows, own, {first, first + 1, first + 2, first + 3}, scores);
     }
     if (rest > 0) {
-      four_products(lane_rows, dims, rows, own, {end - rest, end - 1 - rest / 2, end - 1, end - 1}, scores);
+      four_products<ORDER>(lane_rows, dims, rows, own, {end - rest, end - 1 - rest / 2, end - 1, end - 1}, scores);
     }
   }
 }
 
-// VECTORS vectors of the sum of `count` rows with weights [count][LANES]; if that is odd, one more weight is zero.
-template <int VECTORS>
+// VECTORS vectors of the sum of `count` rows with weights `STEP` apart.
+template <int VECTORS, int64_t STEP>
 SPARSE_ATTN_INLINE void own_sum(
     const float* weights, int64_t dim, Rows rows, const int32_t* names, int64_t count, float* sums) {
   Floats even[VECTORS], odd[VECTORS];  // sums by turns, which hide the latency of an FMA
@@ -186,8 +202,9 @@ SPARSE_ATTN_INLINE void own_sum(
   }
   for (int64_t index = 0; index < count; index += 2) {
     const float* row = reinterpret_cast<const float*>(rows.at(names[index])) + dim;
-    const float* next_row = reinterpret_cast<const float*>(rows.at(names[std::min(index + 1, count - 1)])) + dim;
-    const Floats weight = splat(weights[index * LANES]), next_weight = splat(weights[(index + 1) * LANES]);
+    const int64_t next = std::min(index + 1, count - 1);
+    const float* next_row = reinterpret_cast<const float*>(rows.at(names[next])) + dim;
+    const Floats weight = splat(weights[index * STEP]), next_weight = splat(next > index ? weights[next * STEP] : 0.0f);
 #pragma GCC unroll 4
     for (int vector = 0; vector < VECTORS; ++vector) {
       even[vector] += weight * load(row + vector * LANES);
@@ -200,17 +217,19 @@ SPARSE_ATTN_INLINE void own_sum(
   }
 }
 
-// For each lane the sum of the rows that it meets, with weights [slots][LANES]: to sums [LANES][dims].
+// For each lane the sum of the rows that it meets, weighted: to sums [LANES][dims].
+template <Order ORDER>
 SPARSE_ATTN_INLINE void own_sums(const float* weights, int64_t dims, Rows rows, const OwnEntries& own, float* sums) {
   for (int lane = 0; lane < LANES; ++lane) {
     const int32_t* names = own.rows + own.first[lane];
     const int64_t count = own.count[lane];
+    const float* own_weights = weights + first_score_of<ORDER>(own, lane);
     int64_t dim = 0;
     for (; dim + 4 * LANES <= dims; dim += 4 * LANES) {
-      own_sum<4>(weights + lane, dim, rows, names, count, sums + lane * dims);
+      own_sum<4, SCORE_STEP<ORDER>>(own_weights, dim, rows, names, count, sums + lane * dims);
     }
     for (; dim < dims; dim += LANES) {
-      own_sum<1>(weights + lane, dim, rows, names, count, sums + lane * dims);
+      own_sum<1, SCORE_STEP<ORDER>>(own_weights, dim, rows, names, count, sums + lane * dims);
     }
   }
 }
@@ -221,9 +240,43 @@ inline void drop_own(const Dropout& dropout, Words row_words, const OwnEntries& 
     for (int64_t entry = own.begin[quarter]; entry < own.end[quarter]; ++entry) {
       const int32_t place = own.places[entry];
       const Words key = splat_word(static_cast<uint32_t>(own.sorted_rows[entry]));
-      weights[score_at(place)] *= dropout_factors(dropout, row_words, key)[lane_of(place)];
+      weights[score_at<Order::Slots>(own, place)] *= dropout_factors(dropout, row_words, key)[lane_of(place)];
     }
   }
+}
+
+using Names = int32_t[LANES];
+
+// visit(lane, names, at, which) for up to LANES entries of a lane at a time: what they name, where their scores lie,
+// and a bit for each. Where there are fewer, the last is named again.
+template <class Visit>
+SPARSE_ATTN_INLINE void visit_own(const OwnEntries& own, Visit visit) {
+  for (int lane = 0; lane < LANES; ++lane) {
+    const int32_t* rows = own.rows + own.first[lane];
+    for (int64_t number = 0; number < own.count[lane]; number += LANES) {
+      const int64_t left = own.count[lane] - number;
+      Names names;
+      for (int i = 0; i < LANES; ++i) {
+        names[i] = rows[std::min(number + i, own.count[lane] - 1)];
+      }
+      const uint32_t which = left < LANES ? (1u << left) - 1 : ALL_LANES;
+      visit(lane, names, first_score_of<Order::Lanes>(own, lane) + number, which);
+    }
+  }
+}
+
+template <class NumberOf>
+SPARSE_ATTN_INLINE Floats gathered(const Names& names, NumberOf number_of) {
+  float lanes[LANES];
+  for (int i = 0; i < LANES; ++i) {
+    lanes[i] = number_of(names[i]);
+  }
+  return load(lanes);
+}
+
+// Stores the lanes `which` alone: the others are the next lane's.
+SPARSE_ATTN_INLINE void store_some(float* to, uint32_t which, Floats lanes) {
+  store(to, select(which, lanes, load(to)));
 }
 
 }  // namespace sparse_attn::SPARSE_ATTN_ISA

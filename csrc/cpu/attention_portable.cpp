@@ -10,6 +10,6 @@ const Kernels PORTABLE_KERNELS = {
     portable::Workspace::floats,
     portable::forward<portable::Side>,
     portable::backward_query,
-    portable::backward_key_value};
+    portable::backward_key_value<portable::Side>};
 
 }  // namespace sparse_attn

@@ -48,6 +48,12 @@ SPARSE_ATTN_INLINE Floats load(const float* from) {
   return lanes;
 }
 
+SPARSE_ATTN_INLINE Words load_words(const int32_t* from) {
+  Words lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
 SPARSE_ATTN_INLINE void store(float* to, Floats lanes) {
   std::memcpy(to, &lanes, sizeof lanes);
 }

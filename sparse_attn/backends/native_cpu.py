@@ -36,7 +36,7 @@ torch.library.define(
 torch.library.define(
     "sparse_attn::native_attention_backward",
     f"({_INPUTS}, Tensor transposed_stops, Tensor transposed_columns, Tensor transposed_bits, bool transposed_full, "
-    f"{_CALL}, Tensor lse, Tensor grad_output, Tensor(a!) delta, Tensor(b!) grad_query, Tensor(c!) grad_key, "
+    f"{_DIVIDED}, {_CALL}, Tensor lse, Tensor grad_output, Tensor(a!) delta, Tensor(b!) grad_query, Tensor(c!) grad_key, "
     "Tensor(d!) grad_value) -> ()",
 )
 torch.library.define("sparse_attn::instruction_sets", "() -> str")
@@ -64,13 +64,15 @@ def layout_arguments(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The column lists for 16 queries, then the same divided, where the kernels take them; in training also those for
     16 keys."""
-    lists = layout.lists(_ROWS)
     of_pairs = dtype == torch.bfloat16 and (_instruction_set or instruction_sets()[0]) in _OF_PAIRS
-    divided = None if of_pairs else row_lists_of(layout)
-    all_lists = [lists, layout.lists(_ROWS, transposed=True)] if training else [lists]
-    tensors = [[own.stops, own.columns, own.row_bits] for own in all_lists]
-    tensors[1:1] = [divided.tensors() if divided else [torch.empty(0, dtype=torch.int32, device="cpu")] * 7]
-    return sum(tensors, []), tuple(int(own.full) for own in all_lists)
+    tensors, full = [], []
+    for transposed in (False, True) if training else (False,):
+        lists = layout.lists(_ROWS, transposed=transposed)
+        divided = None if of_pairs else row_lists_of(layout, transposed)
+        tensors += [lists.stops, lists.columns, lists.row_bits]
+        tensors += divided.tensors() if divided else [torch.empty(0, dtype=torch.int32, device="cpu")] * 7
+        full.append(int(lists.full))
+    return tensors, tuple(full)
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -84,7 +86,8 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gradients = empty_gradients(call)
-    lists = (*call.layout[:3], bool(call.layout_sizes[0]), *call.layout[10:], bool(call.layout_sizes[1]))
+    full, transposed_full = map(bool, call.layout_sizes)
+    lists = (*call.layout[:3], full, *call.layout[10:13], transposed_full, *call.layout[13:])
     torch.ops.sparse_attn.native_attention_backward(
         call.query, call.key, call.value, *lists, *_arguments(call), lse, grad_output, torch.empty_like(lse), *gradients
     )

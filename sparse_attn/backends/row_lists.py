@@ -48,14 +48,15 @@ class RowLists:
         ]  # fmt: skip
 
 
-_of_layouts: WeakKeyDictionary[SparseLayout, RowLists | None] = WeakKeyDictionary()
+_of_layouts: WeakKeyDictionary[SparseLayout, dict[bool, RowLists | None]] = WeakKeyDictionary()
 
 
-def row_lists_of(layout: SparseLayout) -> RowLists | None:
-    """The row lists of a layout on the CPU, made once for all kinds of calls."""
-    if layout not in _of_layouts:
-        _of_layouts[layout] = row_lists(layout.lists())
-    return _of_layouts[layout]
+def row_lists_of(layout: SparseLayout, transposed: bool = False) -> RowLists | None:
+    """The row lists of a layout on the CPU, or of its transpose, made once for all kinds of calls."""
+    made = _of_layouts.setdefault(layout, {})
+    if transposed not in made:
+        made[transposed] = row_lists(layout.lists(transposed=transposed))
+    return made[transposed]
 
 
 @for_training_too
