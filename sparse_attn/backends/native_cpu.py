@@ -36,8 +36,8 @@ torch.library.define(
 torch.library.define(
     "sparse_attn::native_attention_backward",
     f"({_INPUTS}, Tensor transposed_stops, Tensor transposed_columns, Tensor transposed_bits, bool transposed_full, "
-    f"{_DIVIDED}, {_CALL}, Tensor lse, Tensor grad_output, Tensor(a!) delta, Tensor(b!) grad_query, Tensor(c!) grad_key, "
-    "Tensor(d!) grad_value) -> ()",
+    f"{_DIVIDED}, {_CALL}, Tensor lse, Tensor grad_output, Tensor(a!) delta, "
+    "Tensor(b!) grad_query, Tensor(c!) grad_key, Tensor(d!) grad_value) -> ()",
 )
 torch.library.define("sparse_attn::instruction_sets", "() -> str")
 
