@@ -1,7 +1,8 @@
 """The lists of the C++ kernels: what many rows of a group keep is listed for the group, what few keep for each row.
 
 A kernel multiplies a key of a group's list with all 16 rows at once, and a key of a row's list with that row alone: for
-the many keys of an element mask that few rows keep, sixteen products are more work than their own.
+the many keys of an element mask that few rows keep, sixteen products are more work than their own. In lists of the
+transpose, for gradients of keys and values, rows and keys change places.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def row_lists_of(layout: SparseLayout, transposed: bool = False) -> RowLists | N
 
 @for_training_too
 def row_lists(lists: ColumnLists) -> RowLists | None:
-    """Divides lists of groups of 16 queries, in one part and on the CPU; None where there is nothing to divide, or
+    """Divides lists of groups of 16 rows, in one part and on the CPU; None where there is nothing to divide, or
     very much."""
     bits = lists.row_bits[:, 0]
     rows_of_entry = sum(bits >> row & 1 for row in range(lists.rows))
