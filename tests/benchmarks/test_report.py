@@ -62,7 +62,7 @@ def test_pages_show_the_committed_results():
 
 
 def test_a_changed_figure_shows(tmp_path):
-    source = next(RESULTS.glob("*/squad-policyqa-finetuned.json"))  
+    source = next(RESULTS.glob("*/squad-policyqa-finetuned.json"))  # its baseline is eager-padded
     results = json.loads(source.read_text())
     results["rows"][0]["em"] = 12.34
     folder = tmp_path / "benchmarks" / "results"
