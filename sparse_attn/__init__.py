@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 # What imports transformers, which takes seconds, is imported when it is asked for.
-_MODULES = {
+_IMPORTED_LATE = {
     "distillation": ("distil", "text_windows"),
     "finetuning": ("finetune_question_answering",),
     "integrations.collection": ("collect_averages",),
@@ -62,7 +62,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _MODULES.items():
+    for module, names in _IMPORTED_LATE.items():
         if name in names:
             globals()[name] = found = getattr(import_module(f".{module}", __name__), name)
             return found

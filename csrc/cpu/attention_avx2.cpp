@@ -14,11 +14,7 @@ SPARSE_ATTN_INSTRUCTIONS_BEGIN("avx2,fma,f16c")
 namespace sparse_attn {
 
 const Kernels AVX2_KERNELS = {
-    "avx2",
-    avx2::Workspace::floats,
-    avx2::forward<avx2::Side>,
-    avx2::backward_query,
-    avx2::backward_key_value<avx2::Side>};
+    "avx2", avx2::Workspace::floats, avx2::forward, avx2::backward_query, avx2::backward_key_value};
 
 }  // namespace sparse_attn
 SPARSE_ATTN_INSTRUCTIONS_END

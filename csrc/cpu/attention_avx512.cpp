@@ -14,11 +14,7 @@ SPARSE_ATTN_INSTRUCTIONS_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace sparse_attn {
 
 const Kernels AVX512_KERNELS = {
-    "avx512",
-    avx512::Workspace::floats,
-    avx512::forward<avx512::Side>,
-    avx512::backward_query,
-    avx512::backward_key_value<avx512::Side>};
+    "avx512", avx512::Workspace::floats, avx512::forward, avx512::backward_query, avx512::backward_key_value};
 
 }  // namespace sparse_attn
 SPARSE_ATTN_INSTRUCTIONS_END

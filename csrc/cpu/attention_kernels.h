@@ -110,7 +110,27 @@ SPARSE_ATTN_INLINE void prefetch_around(
   }
 }
 
-template <class Side>
+// Products and sums of own entries, of sides that take them; others are given none.
+template <Order ORDER, class Side>
+SPARSE_ATTN_INLINE void own_products_of(
+    const Side& side, const Head& other, int64_t first_row, uint32_t alive, const OwnEntries& own, float* scores) {
+  if constexpr (Side::TAKES_OWN_ENTRIES) {
+    if (own.slots > 0) {
+      side.template own_products<ORDER>(other, first_row, alive, own, scores);
+    }
+  }
+}
+
+template <Order ORDER, class Side>
+SPARSE_ATTN_INLINE void weighted_sums_of(
+    const Side& side, float* weights, const Entries& list, const OwnEntries& own, const OutputRows& outputs) {
+  if constexpr (Side::TAKES_OWN_ENTRIES) {
+    side.template weighted_sums<ORDER>(weights, list, own, outputs);
+  } else {
+    side.weighted_sums(weights, list, outputs);
+  }
+}
+
 inline void forward(const Forward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
@@ -151,11 +171,7 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
       highest = maximum(score, highest);
       store(scores + entry * LANES, score);
     });
-    if constexpr (Side::TAKES_OWN_ENTRIES) {
-      if (own.slots > 0) {
-        keys.template own_products<Order::Slots>(query, first_row, alive, own, scores + list.count * LANES);
-      }
-    }
+    own_products_of<Order::Slots>(keys, query, first_row, alive, own, scores + list.count * LANES);
     const int64_t count = list.count + own.slots;
     for (int64_t slot = list.count; slot < count; ++slot) {
       highest = maximum(load(scores + slot * LANES), highest);
@@ -200,11 +216,7 @@ inline void forward(const Forward& call, const Task& task, float* memory) {
     }
     normaliser = select(alive, normaliser, splat(0.0f));  // padding rows yield zeros
     const OutputRows outputs(output, first_row, stored, normaliser);
-    if constexpr (Side::TAKES_OWN_ENTRIES) {
-      values.template weighted_sums<Order::Slots>(scores, list, own, outputs);
-    } else {
-      values.weighted_sums(scores, list, outputs);
-    }
+    weighted_sums_of<Order::Slots>(values, scores, list, own, outputs);
   }
 }
 
@@ -267,7 +279,6 @@ inline void backward_query(const Backward& call, const Task& task, float* memory
 }
 
 // dk and dv of a group of keys: lanes are keys, entries are queries.
-template <class Side>
 inline void backward_key_value(const Backward& call, const Task& task, float* memory) {
   Workspace space(call, memory);
   const Sequence sequence = sequence_of(call, task.batch);
@@ -340,12 +351,8 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       store(grad_scores + entry * LANES, p * (dp - delta_of(row)));
     });
     float *own_used = used + list.count * LANES, *own_grads = grad_scores + list.count * LANES;
-    if constexpr (Side::TAKES_OWN_ENTRIES) {
-      if (own.slots > 0) {
-        queries.template own_products<Order::Lanes>(key, first_key, alive, own, own_used);
-        grads.template own_products<Order::Lanes>(value, first_key, alive, own, own_grads);
-      }
-    }
+    own_products_of<Order::Lanes>(queries, key, first_key, alive, own, own_used);
+    own_products_of<Order::Lanes>(grads, value, first_key, alive, own, own_grads);
     visit_own(own, [&](int lane, const Names& rows, int64_t at, uint32_t which) __attribute__((always_inline)) {
       const Floats log2_p = load(own_used + at) - gathered(rows, lse2_of);
       const Floats p = exp2_of(log2_p);
@@ -360,22 +367,15 @@ inline void backward_key_value(const Backward& call, const Task& task, float* me
       store_some(own_used + at, which, weight);
       store_some(own_grads + at, which, p * (dp - gathered(rows, delta_of)));
     });
-    const OutputRows value_outputs(grad_value, first_key, stored, splat(1.0f));
-    const OutputRows key_outputs(grad_key, first_key, stored, splat(call.scale));
-    if constexpr (Side::TAKES_OWN_ENTRIES) {
-      grads.template weighted_sums<Order::Lanes>(used, list, own, value_outputs);
-      queries.template weighted_sums<Order::Lanes>(grad_scores, list, own, key_outputs);
-    } else {
-      grads.weighted_sums(used, list, value_outputs);
-      queries.weighted_sums(grad_scores, list, key_outputs);
-    }
+    weighted_sums_of<Order::Lanes>(grads, used, list, own, {grad_value, first_key, stored, splat(1.0f)});
+    weighted_sums_of<Order::Lanes>(queries, grad_scores, list, own, {grad_key, first_key, stored, splat(call.scale)});
   }
 }
 
 #if defined(SPARSE_ATTN_TILE_PRODUCTS) || defined(SPARSE_ATTN_BFLOAT16_PRODUCTS)
 // Rows that are no pairs of bfloat16 are left to the kernels for AVX-512, which such processors have too.
 inline void forward_any(const Forward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) ? forward<Side> : AVX512_KERNELS.forward)(call, task, memory);
+  (rows_are_pairs(call) ? forward : AVX512_KERNELS.forward)(call, task, memory);
 }
 
 inline void backward_query_any(const Backward& call, const Task& task, float* memory) {
@@ -383,7 +383,7 @@ inline void backward_query_any(const Backward& call, const Task& task, float* me
 }
 
 inline void backward_key_value_any(const Backward& call, const Task& task, float* memory) {
-  (rows_are_pairs(call) ? backward_key_value<Side> : AVX512_KERNELS.backward_key_value)(call, task, memory);
+  (rows_are_pairs(call) ? backward_key_value : AVX512_KERNELS.backward_key_value)(call, task, memory);
 }
 #endif
 

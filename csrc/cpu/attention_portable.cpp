@@ -6,10 +6,6 @@
 namespace sparse_attn {
 
 const Kernels PORTABLE_KERNELS = {
-    "portable",
-    portable::Workspace::floats,
-    portable::forward<portable::Side>,
-    portable::backward_query,
-    portable::backward_key_value<portable::Side>};
+    "portable", portable::Workspace::floats, portable::forward, portable::backward_query, portable::backward_key_value};
 
 }  // namespace sparse_attn

@@ -17,7 +17,7 @@ from .row_lists import row_lists_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
-_OF_PAIRS = ("amx", "avx512_bf16")  # instruction sets whose products of bfloat16 take no divided lists
+_MULTIPLY_BFLOAT16 = ("amx", "avx512_bf16")  # instruction sets that do, whose kernels take no divided lists then
 
 _CALL = (
     "Tensor? query_lengths, Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, int max_length, "
@@ -64,11 +64,11 @@ def layout_arguments(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The column lists for 16 queries, then the same divided, where the kernels take them; in training also those for
     16 keys."""
-    of_pairs = dtype == torch.bfloat16 and (_instruction_set or instruction_sets()[0]) in _OF_PAIRS
+    undivided = dtype == torch.bfloat16 and (_instruction_set or instruction_sets()[0]) in _MULTIPLY_BFLOAT16
     tensors, full = [], []
     for transposed in (False, True) if training else (False,):
         lists = layout.lists(_ROWS, transposed=transposed)
-        divided = None if of_pairs else row_lists_of(layout, transposed)
+        divided = None if undivided else row_lists_of(layout, transposed)
         tensors += [lists.stops, lists.columns, lists.row_bits]
         tensors += divided.tensors() if divided else [torch.empty(0, dtype=torch.int32, device="cpu")] * 7
         full.append(int(lists.full))
