@@ -20,7 +20,7 @@ from .step_lists import StepLists, step_bits_of
 ROWS = (16, 32, 64, 128)  # sizes of a row group; 16 is canonical, the others are unions of it
 BITS_PER_WORD = 32
 STOP_KEYS = 32  # keys between two entries of ColumnLists.stops
-_POSITIONS_AT_ONCE = 2**22  # whose bits are packed together, each in 8 bytes
+_POSITIONS_AT_ONCE = 2**25  # whose bits are packed together, each in a byte
 _WEIGHT_CLASSES = 8  # lists whose lengths differ by less than an eighth of the longest keep their order
 for_training_too = torch.inference_mode(False)  # what a layout keeps, autograd may save later
 
@@ -172,7 +172,7 @@ class SparseLayout:
         """
         expect_whole(rows=rows)
         if rows not in self._work:
-            entries = int(sum(_group_counts(head, rows).count_nonzero() for head in self._heads()))
+            entries = int(sum(_in_groups(head, rows).any(1).count_nonzero() for head in self._heads()))
             self._work[rows] = entries / (self.heads * -(-self.query_len // rows) * self.key_len)
         return self._work[rows]
 
@@ -214,11 +214,12 @@ def _check(keep: torch.Tensor) -> None:
         raise ValueError(f"a layout needs at least one head, query and key; the mask has shape {tuple(keep.shape)}")
 
 
-def _group_counts(keep: torch.Tensor, rows: int) -> torch.Tensor:
-    """How many rows of each group keep a key: [query_len, key_len] -> int64 [groups, key_len]."""
+def _in_groups(keep: torch.Tensor, rows: int) -> torch.Tensor:
+    """[query_len, key_len] -> bool [groups, rows, key_len]; rows past the end keep nothing."""
     groups = -(-keep.shape[0] // rows)
-    padded = torch.nn.functional.pad(keep, (0, 0, 0, groups * rows - keep.shape[0]))
-    return padded.view(groups, rows, -1).sum(1)
+    # What follows is several times as fast on contiguous keys.
+    padded = torch.nn.functional.pad(keep.contiguous(), (0, 0, 0, groups * rows - keep.shape[0]))
+    return padded.view(groups, rows, -1)
 
 
 def _compile(heads: Iterable[torch.Tensor], shape: tuple[int, int], rows: int, split: bool) -> ColumnLists:
@@ -229,25 +230,26 @@ def _compile(heads: Iterable[torch.Tensor], shape: tuple[int, int], rows: int, s
     blocks = -(-key_len // STOP_KEYS)
     head_entries, any_full, any_partial = [], False, False
     for head in heads:  # one by one: the mask of a long sequence is large
-        bit_weights = (1 << torch.arange(min(rows, BITS_PER_WORD), device=head.device)).view(1, -1, 1)
         real_rows = torch.full((groups, 1), rows, device=head.device)
         real_rows[-1] = query_len - (groups - 1) * rows
-        counts = _group_counts(head, rows)
+        grouped = _in_groups(head, rows).view(torch.uint8)
+        counts = grouped.sum(1, dtype=torch.uint8)
         group, column = counts.nonzero(as_tuple=True)  # sorted by group, then by key
-        padded = torch.nn.functional.pad(head, (0, 0, 0, groups * rows - query_len)).view(groups * words, -1, key_len)
-        some = padded.split(max(1, _POSITIONS_AT_ONCE // padded[0].numel()))
-        packed = torch.cat([(part * bit_weights).sum(1) for part in some]).view(groups, words, key_len)
+        some = grouped.split(max(1, _POSITIONS_AT_ONCE // grouped[0].numel()))
+        octets = torch.cat([_octets(part) for part in some])[group, :, column]
         partial = (counts < real_rows)[group, column]
         any_full, any_partial = any_full or not bool(partial.all()), any_partial or bool(partial.any())
-        head_entries.append((group, column.to(torch.int32), _as_int32(packed[group, :, column]), partial))
+        head_entries.append((group, column.to(torch.int32), _words(octets, words), partial))
     parts = 2 if split and any_full and any_partial else 1
     counts, columns, row_bits = [], [], []
     for group, column, bits, partial in head_entries:
-        part = group * parts + (partial if parts == 2 else 0)
-        by_part = part.argsort(stable=True)
-        counts.append(torch.bincount(part * blocks + column // STOP_KEYS, minlength=groups * parts * blocks))
-        columns.append(column[by_part])
-        row_bits.append(bits[by_part])
+        if parts == 2:
+            group = group * parts + partial
+            by_part = group.argsort(stable=True)
+            group, column, bits = group[by_part], column[by_part], bits[by_part]
+        counts.append(torch.bincount(group * blocks + column // STOP_KEYS, minlength=groups * parts * blocks))
+        columns.append(column)
+        row_bits.append(bits)
     ends = torch.cat(counts).cumsum(0)
     if int(ends[-1]) * words > torch.iinfo(torch.int32).max:
         raise ValueError(
@@ -275,6 +277,14 @@ def _orders(lengths: torch.Tensor) -> torch.Tensor:
     return torch.cat(orders).to(torch.int32)
 
 
-def _as_int32(words: torch.Tensor) -> torch.Tensor:
-    """int64 words below 2 ** 32 as the int32 values with the same bits."""
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+def _octets(grouped: torch.Tensor) -> torch.Tensor:
+    """Bits of eight rows each: uint8 [groups, rows, key_len], 0 or 1, -> uint8 [groups, rows / 8, key_len]."""
+    groups, rows, key_len = grouped.shape
+    weights = (1 << torch.arange(8, device=grouped.device)).to(torch.uint8)
+    return (grouped.view(groups, rows // 8, 8, key_len) * weights.view(1, 1, 8, 1)).sum(2, dtype=torch.uint8)
+
+
+def _words(octets: torch.Tensor, words: int) -> torch.Tensor:
+    """uint8 [entries, octets], of the lowest bits first, -> int32 [entries, words] with the same bits."""
+    by_word = octets.view(len(octets), words, octets.shape[1] // words).to(torch.int32)
+    return (by_word << 8 * torch.arange(by_word.shape[2], device=octets.device)).sum(2, dtype=torch.int32)

@@ -77,6 +77,7 @@ struct Backward : Call {
 };
 
 constexpr int GROUP_ROWS = 16;  // queries, or keys, that share a list
+constexpr int SORTED_ROWS = 4;  // of a group, whose own lists are sorted together: as many as a kernel takes at a time
 
 // What a thread works on: row groups [first, end) of one head of one sequence. The backward pass has two kinds: groups
 // of queries, then groups of keys.

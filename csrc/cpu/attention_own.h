@@ -12,7 +12,6 @@
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
-constexpr int SORTED_ROWS = 4;                 // whose lists are sorted together: see sparse_attn.backends.row_lists
 constexpr int OWN_ENTRIES = 4;                 // that are multiplied at a time
 constexpr int QUARTERS = LANES / SORTED_ROWS;  // of a group, in a part
 

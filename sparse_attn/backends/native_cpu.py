@@ -13,7 +13,7 @@ from ..dropout import drop_threshold
 from ..layout import SparseLayout
 from ..ops import AttentionCall, empty_gradients, empty_results
 from ..quantization import QuantizationTable
-from .row_lists import row_lists_of
+from .row_lists import not_divided, row_lists_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
@@ -68,9 +68,8 @@ def layout_arguments(
     tensors, full = [], []
     for transposed in (False, True) if training else (False,):
         lists = layout.lists(_ROWS, transposed=transposed)
-        divided = None if undivided else row_lists_of(layout, transposed)
-        tensors += [lists.stops, lists.columns, lists.row_bits]
-        tensors += divided.tensors() if divided else [torch.empty(0, dtype=torch.int32, device="cpu")] * 7
+        divided = not_divided() if undivided else row_lists_of(layout, transposed)
+        tensors += [lists.stops, lists.columns, lists.row_bits, *divided]
         full.append(int(lists.full))
     return tensors, tuple(full)
 
