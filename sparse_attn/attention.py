@@ -163,12 +163,14 @@ def prepare(
         if backend != "auto":
             _layout_arguments(BACKENDS[backend], layout, head_dim, dtype, table, with_gradients)
             continue
-        # The first choice may refuse some calls, whose place the usual one takes then; what neither can compute is left
-        # to those after them.
-        preferred = automatic(layout, head_dim, dtype, table is not None, with_gradients)
-        for name in (preferred[0], usual(layout.device)[0]):
+        # The first choice may refuse some calls, whose place the usual one takes then.
+        usual_one_next = False
+        for name in automatic(layout, head_dim, dtype, table is not None, with_gradients):
+            usual_one_next = usual_one_next or name == usual(layout.device)[0]
             with suppress(ValueError):
                 _layout_arguments(BACKENDS[name], layout, head_dim, dtype, table, with_gradients)
+                if usual_one_next:
+                    break
 
 
 def backends_on(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, list[str]]:

@@ -27,19 +27,22 @@ def capabilities() -> tuple[str, ...]:
 def unsupported(call: AttentionCall, training: bool) -> list[str]:
     """Why the kernels cannot compute `call`; empty if they can."""
     missing = _missing()
-    reasons = [f"{missing}; {extension.HOW_TO_GET_IT}"] if missing else []
-    return reasons + _kernels(call.query.device).refusals(call, training)
+    return ([missing] if missing else []) + _kernels(call.query.device).refusals(call, training)
 
 
 @constant_when_traced  # torch.compile cannot trace how the extension is loaded
 def _missing() -> str | None:
-    return extension.reason()
+    """Why there is no extension, and how to get it; None where there is one."""
+    return None if extension.available() else f"{extension.reason()}; {extension.HOW_TO_GET_IT}"
 
 
 def layout_arguments(
     layout: SparseLayout, head_dim: int, dtype: torch.dtype, table: QuantizationTable | None, training: bool
 ) -> tuple[list[Tensor], tuple[int, ...]]:
-    """The lists of the layout as the kernels for its device want them."""
+    """The lists of the layout as the kernels for its device want them. Raises ValueError without the extension."""
+    missing = _missing()
+    if missing:
+        raise ValueError(f"backend 'native' has no kernels: {missing}")
     return _kernels(layout.device).layout_arguments(layout, head_dim, dtype, table, training)
 
 
