@@ -1,7 +1,8 @@
-"""What Triton's compiler made of the kernels for chips that need not be at hand: read, written and shown.
+"""What compilers made of the kernels for chips that need not be at hand: read, written and shown.
 
-benchmarks/results/kernels-triton-<version>.csv records all shipped configurations. `python -m benchmarks.kernel_report
---update` writes it; the tests compile what it lacks.
+benchmarks/results/kernels-triton-<version>.csv records all shipped configurations of the Triton kernels, kernels-nvcc-
+<version>.csv the CUDA kernels. `python -m benchmarks.kernel_report --update` and `cuda_report --update` write them; the
+tests compile what they lack.
 """
 
 from __future__ import annotations
@@ -54,11 +55,28 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class CompiledByNvcc:
+    """A CUDA kernel as its template says ("Forward<...>"), compiled for an architecture ("90").
+
+    Attributes:
+        registers, spilled_bytes: of a thread.
+        instructions: which it has of those it was made for, separated by spaces.
+    """
+
+    kernel: str
+    architecture: str
+    registers: int
+    spilled_bytes: int
+    instructions: str
+
+
+@dataclass(frozen=True)
 class Record:
-    """What was compiled from which sources: `sources` has an identity for each kernel, whose compiler is part of it."""
+    """What was compiled from which sources: `sources` has an identity for each kernel, or for all that nvcc compiles;
+    the compiler is part of it."""
 
     sources: dict[str, str]
-    compiled: list[Compiled]
+    compiled: list
 
     def known(self, sources: dict[str, str]) -> dict[tuple[str, str], Compiled]:
         """What was compiled from the same sources, by kernel and identity."""
@@ -66,31 +84,31 @@ class Record:
         return {(one.kernel, one.identity): one for one in same}
 
 
-def record_path(triton_version: str) -> Path:
-    return _RECORDS / f"kernels-triton-{triton_version}.csv"
+def record_path(version: str, compiler: str = "triton") -> Path:
+    return _RECORDS / f"kernels-{compiler}-{version}.csv"
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path, kind: type = Compiled) -> Record:
     """What `write_record` wrote; empty if there is no such file."""
     if not path.exists():
         return Record({}, [])
-    number = {one.name: one.type == "int" for one in fields(Compiled)}
+    number = {one.name: one.type == "int" for one in fields(kind)}
     lines = path.read_text(encoding="utf-8").splitlines()
     sources = dict(line.removeprefix(_SOURCE).split(": ") for line in lines if line.startswith(_SOURCE))
     rows = csv.DictReader(line for line in lines if not line.startswith(_SOURCE))
     cells = [{name: int(cell) if number[name] else cell for name, cell in row.items()} for row in rows]
-    return Record(sources, [Compiled(**row) for row in cells])
+    return Record(sources, [kind(**row) for row in cells])
 
 
 def write_record(record: Record, path: Path) -> None:
-    """A line for each source, then a table with a line for each configuration."""
+    """A line for each source, then a table with a line for each kernel or configuration."""
     with (
         complete_files(path.parent) as unfinished,
         (unfinished / path.name).open("w", newline="", encoding="utf-8") as file,
     ):
         file.writelines(f"{_SOURCE}{kernel}: {identity}\n" for kernel, identity in record.sources.items())
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(one.name for one in fields(Compiled))
+        writer.writerow(one.name for one in fields(record.compiled[0]))
         writer.writerows(astuple(one) for one in record.compiled)
 
 

@@ -42,16 +42,19 @@ def compile_object(
     include_dirs: Sequence[str],
     macros: Sequence[str],
     options: Sequence[str] = (),
+    architectures: Sequence[str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Compiles for all architectures that this nvcc knows."""
-    known = known_architectures(nvcc)
+    """Compiles for some architectures, by default all that this nvcc knows; where PORTABLE is among them, with its code
+    for newer ones."""
+    known = known_architectures(nvcc) if architectures is None else architectures
     codes = [
         f"-gencode=arch=compute_{source},code=sm_{one}"
         for source, targets in CODES.items()
         for one in targets
         if one in known
     ]
-    codes.append(f"-gencode=arch=compute_{PORTABLE},code=compute_{PORTABLE}")
+    if PORTABLE in known:
+        codes.append(f"-gencode=arch=compute_{PORTABLE},code=compute_{PORTABLE}")
     target.parent.mkdir(parents=True, exist_ok=True)
     return subprocess.run(
         [

@@ -77,14 +77,19 @@ def data_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def arguments(model_folder, data_file, tmp_path):
-    """A command line that works; tests append to it."""
+@pytest.fixture(scope="session")
+def command_line(model_folder, data_file):
+    """Arguments that work, but for where to write."""
     return [
         *("--model", str(model_folder), "--data", str(data_file)),
         *("--max-length", "48", "--stride", "8", "--repeats", "2", "--batch-size", "5"),
-        *("--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")),
     ]
+
+
+@pytest.fixture
+def arguments(command_line, tmp_path):
+    """A command line that works; tests append to it."""
+    return [*command_line, "--output", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
 
 
 @pytest.fixture

@@ -16,45 +16,58 @@ from benchmarks.squad.process import merged
 from benchmarks.squad.worker import Measured
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.squad"]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def launch(arguments):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def commands(command_line, folder):
+    """A comparison of two variants, then a training."""
+    comparing = ["--variants", "flash-unpadded,sparse-unpadded", "--output", str(folder / "comparing")]
+    training = ["--variants", "sparse-unpadded+bits", "--output", str(folder / "training")]
+    training += ["--finetune", "--epochs", "1", "--recover-epochs", "1", "--rounding-epochs", "1"]
+    training += ["--batch-size", "2", "--repeats", "1", "--table", "renormalised"]
+    usual = [*command_line, "--device", "cpu", "--cache", str(folder / "cache")]
+    return [*usual, *comparing], [*usual, *training]
+
+
+@pytest.fixture(scope="module")
+def printed(commands):
+    """What two processes print that run both commands."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *LAUNCHER, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *LAUNCHER, "tests/benchmarks/launched_squad.py", json.dumps(commands)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.xdist_group("distributed")
-def test_two_processes_find_the_accuracy_of_one(in_process, arguments, tmp_path):
-    command = [*arguments, "--variants", "flash-unpadded,sparse-unpadded", "--device", "cpu"]
-    assert squad.main(command) == 0
-    results = tmp_path / "results" / "results.json"
-    alone = json.loads(results.read_text())
-    results.unlink()
-    done = launch(command)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_find_the_accuracy_of_one(printed, in_process, commands, folder):
+    results = folder / "comparing" / "results.json"
     shared = json.loads(results.read_text())
+    results.unlink()
+    assert squad.main(commands[0]) == 0
+    alone = json.loads(results.read_text())
     assert (alone["processes"], shared["processes"]) == (1, 2)
     for row, other in zip(alone["rows"], shared["rows"], strict=True):
         for field in ("variant", "em", "f1", "tokens", "density"):
             assert row[field] == other[field]
         assert len(other["seconds_of_repeats"]) == 2 and other["padded_tokens"] == row["padded_tokens"]
     assert [row["variant"] for row in shared["absent"]] == ["flash-unpadded"]
-    assert done.stdout.count("\nsparse-unpadded") == 1, "only the first process prints"
-    assert "2 processes share the batches" in done.stdout
-    assert len(list((tmp_path / "results" / "rows").iterdir())) == 2
+    assert printed.count("\nsparse-unpadded") == 2, "only the first process prints, once a command"
+    assert "2 processes share the batches" in printed
+    assert len(list((folder / "comparing" / "rows").iterdir())) == 2
 
 
 @pytest.mark.xdist_group("distributed")
-def test_two_processes_train_one_checkpoint(arguments, tmp_path):
-    command = [*arguments, "--variants", "sparse-unpadded+bits", "--finetune", "--epochs", "1", "--recover-epochs", "1"]
-    command += ["--batch-size", "2", "--repeats", "1", "--table", "renormalised", "--rounding-epochs", "1"]
-    done = launch([*command, "--device", "cpu"])
-    assert done.returncode == 0, done.stderr
-    names = sorted(path.name.split("-")[0] for path in (tmp_path / "cache" / "squad").iterdir())
+def test_two_processes_train_one_checkpoint(printed, folder):
+    names = sorted(path.name.split("-")[0] for path in (folder / "cache" / "squad").iterdir())
     assert names == ["dense", "rounded", "sparse"]
-    (row,) = json.loads((tmp_path / "results" / "results.json").read_text())["rows"]
+    (row,) = json.loads((folder / "training" / "results.json").read_text())["rows"]
     assert row["checkpoint"].startswith("rounded-") and row["table"] == "renormalised"
 
 

@@ -1,6 +1,5 @@
 """The CUDA kernels compile without a GPU, fit multiprocessors, and link into an extension that loads without one."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "csrc"))
-import nvcc  # noqa: E402
+pytest.importorskip("triton")
+from benchmarks import cuda_report
+from benchmarks.compiled_kernels import CompiledByNvcc, read_record
+from benchmarks.cuda_report import INSTRUCTIONS, compile_kernels, nvcc, record_of, sources
 
+ROOT = Path(__file__).parents[2]
 COMPILER = nvcc.find()
 ARCHITECTURES = nvcc.known_architectures(COMPILER) if COMPILER else []
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
@@ -19,7 +20,6 @@ REGISTERS_OF_A_MULTIPROCESSOR = 65536
 # bfloat16, head_dim 32 and 64, three ways of rounding.
 KERNELS = {"Forward": (384, 12), "QueryGradientWarp": (256, 4), "KeyGradientWarp": (256, 4)}
 COUNT = sum(kinds for _, kinds in KERNELS.values())
-MACRO = "TORCH_TARGET_VERSION=0x020b000000000000"
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="there is no nvcc"),
@@ -28,42 +28,50 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> tuple[Path, str]:
-    """The object file, and what ptxas says of its kernels."""
+def recorded() -> list[CompiledByNvcc]:
+    """What the record says of these sources and this compiler; nothing if it is of others."""
+    record = read_record(record_of(COMPILER), CompiledByNvcc)
+    return record.compiled if record.sources == sources(COMPILER) else []
+
+
+@pytest.fixture(scope="module")
+def compiled(recorded, tmp_path_factory) -> tuple[Path, list[CompiledByNvcc]]:
+    """The object file and its kernels: for all architectures, or, where those are recorded, for one."""
     target = tmp_path_factory.mktemp("nvcc") / "attention.o"
-    include = [str(Path(torch.__file__).parent / "include")]
-    options = ["-Xptxas", "-v", "-Werror", "all-warnings", "-Xcompiler", "-O0"]  # the host's code matters elsewhere
-    done = nvcc.compile_object(COMPILER, target, include, [MACRO], options=options)
-    assert done.returncode == 0, done.stderr
-    return target, done.stdout + done.stderr
+    return target, compile_kernels(COMPILER, target, ["90"] if recorded else ARCHITECTURES)
 
 
-def test_kernels_fit_and_spill_nothing(compiled):
-    report = compiled[1]
-    names = re.findall(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", report)
-    assert {target for _, target in names} == set(ARCHITECTURES) and len(names) == COUNT * len(ARCHITECTURES)
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", report)]
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(registers) == len(spills) == len(names)
-    assert set(spills) == {("0", "0", "0")}
-    for kernel, (threads, kinds) in KERNELS.items():
-        own = [count for (name, _), count in zip(names, registers, strict=True) if f"{len(kernel)}{kernel}I" in name]
+@pytest.fixture
+def kernels(recorded, compiled) -> list[CompiledByNvcc]:
+    return recorded or compiled[1]
+
+
+def test_the_record_says_what_the_compiler_says(recorded, compiled):
+    if not recorded:
+        pytest.skip("what is recorded was compiled from other sources, or by another compiler")
+    assert compiled[1] == [one for one in recorded if one.architecture == "90"]
+
+
+def test_kernels_fit_and_spill_nothing(kernels):
+    assert {one.architecture for one in kernels} == set(ARCHITECTURES) and len(kernels) == COUNT * len(ARCHITECTURES)
+    assert not any(one.spilled_bytes for one in kernels)
+    for name, (threads, kinds) in KERNELS.items():
+        own = [one.registers for one in kernels if f"{name}<" in one.kernel]
         assert len(own) == kinds * len(ARCHITECTURES)
         rounded_up = -(-max(own) // 8) * 8
         assert rounded_up * threads <= REGISTERS_OF_A_MULTIPROCESSOR
 
 
-def test_kernels_use_the_instructions_they_are_made_for(compiled):
-    """Products of matrices, rows gathered from shared memory as they are and transposed, asynchronous copies."""
-    cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
-    for architecture in {"80", "90", "100"} & set(ARCHITECTURES):  # sm_86 and sm_89 have the instructions of sm_80
-        command = [cuobjdump, "-sass", f"-arch=sm_{architecture}", compiled[0]]
-        listing = subprocess.run(command, capture_output=True, text=True).stdout
-        kernels = listing.split("Function :")[1:]
-        assert len(kernels) == COUNT
-        for kernel in kernels:
-            for instruction in ("HMMA.16816.F32", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS"):
-                assert instruction in kernel
+def test_kernels_use_the_instructions_they_are_made_for(kernels):
+    assert all(one.instructions.split() == list(INSTRUCTIONS) for one in kernels)
+
+
+def test_the_report_needs_a_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(nvcc, "find", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["cuda_report", "--update"])
+    with pytest.raises(SystemExit):
+        cuda_report.main()
+    assert "error: there is no nvcc (looked in CUDA_HOME and on the search path)" in capsys.readouterr().err
 
 
 def test_a_compiler_newer_than_torchs_cuda_is_passed_over(tmp_path, capsys):
