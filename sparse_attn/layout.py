@@ -286,5 +286,5 @@ def _octets(grouped: torch.Tensor) -> torch.Tensor:
 
 def _words(octets: torch.Tensor, words: int) -> torch.Tensor:
     """uint8 [entries, octets], of the lowest bits first, -> int32 [entries, words] with the same bits."""
-    by_word = octets.view(len(octets), words, octets.shape[1] // words).to(torch.int32)
-    return (by_word << 8 * torch.arange(by_word.shape[2], device=octets.device)).sum(2, dtype=torch.int32)
+    by_word = octets.view(len(octets), words, octets.shape[1] // words).to(torch.int64)
+    return (by_word << 8 * torch.arange(by_word.shape[2], device=octets.device)).sum(2).to(torch.int32)  # 31: the sign

@@ -62,9 +62,14 @@ int32_t* writable(const Tensor& tensor) {
 }
 
 // What more than `few_rows` rows of a group keep stays in its list, the rest goes to lists of its rows. Seven empty
-// tensors where nothing goes there, or more than `most_entries`.
+// tensors where fewer than `least_moved` entries would go there, or rows would have more than `most_entries`.
 SevenTensors divide_lists(
-    const Tensor& stops, const Tensor& columns, const Tensor& row_bits, int64_t few_rows, int64_t most_entries) {
+    const Tensor& stops,
+    const Tensor& columns,
+    const Tensor& row_bits,
+    int64_t few_rows,
+    int64_t least_moved,
+    int64_t most_entries) {
   STD_TORCH_CHECK(stops.dim() == 3 && stops.size(1) == 1, "stops must be [heads * groups, 1, key_blocks + 1]");
   STD_TORCH_CHECK(row_bits.numel() == columns.numel(), "row_bits must be [entries, 1]");
   const int32_t *stop = list_of(stops), *column = list_of(columns), *bits = list_of(row_bits);
@@ -87,8 +92,8 @@ SevenTensors divide_lists(
   std::partial_sum(row_starts.begin(), row_starts.end(), row_starts.begin());
 
   const auto new_list = [&](int64_t size) { return torch::stable::new_empty(columns, {size}); };
-  const int64_t own_count = row_starts.back();
-  if (own_count == 0 || own_count > most_entries) {
+  const int64_t moved = columns.numel() - shared_starts.back(), own_count = row_starts.back();
+  if (moved < std::max<int64_t>(1, least_moved) || own_count > most_entries) {
     return {new_list(0), new_list(0), new_list(0), new_list(0), new_list(0), new_list(0), new_list(0)};
   }
   const Tensor shared_stops = torch::stable::new_empty(stops, stops.sizes());

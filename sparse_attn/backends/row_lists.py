@@ -16,11 +16,12 @@ from torch import Tensor
 from ..layout import ColumnLists, SparseLayout, for_training_too
 
 FEW_ROWS = 5  # at most that many keep a key of row lists: what was fastest with AVX-512
+LEAST_SHARE = 8  # an eighth of the entries must go there: a band's edges are fewer, and cost more than they save
 MOST_ENTRIES = 2**25  # of all rows' lists; more would take gigabytes for a model
 
 torch.library.define(
     "sparse_attn::divide_lists",
-    "(Tensor stops, Tensor columns, Tensor row_bits, int few_rows, int most_entries) "
+    "(Tensor stops, Tensor columns, Tensor row_bits, int few_rows, int least_moved, int most_entries) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -66,10 +67,9 @@ def not_divided() -> RowLists:
 
 @for_training_too
 def row_lists(lists: ColumnLists) -> RowLists:
-    """Divides lists of groups of 16 rows, in one part and on the CPU, where there is something to divide, but not very
-    much. Needs the extension."""
+    """Divides lists of groups of 16 rows, in one part and on the CPU, where enough of them are to be divided, but not
+    very many. Needs the extension."""
     if lists.full:
         return not_divided()
-    return RowLists(
-        *torch.ops.sparse_attn.divide_lists(lists.stops, lists.columns, lists.row_bits, FEW_ROWS, MOST_ENTRIES)
-    )
+    limits = FEW_ROWS, len(lists.columns) // LEAST_SHARE, MOST_ENTRIES
+    return RowLists(*torch.ops.sparse_attn.divide_lists(lists.stops, lists.columns, lists.row_bits, *limits))
