@@ -163,13 +163,13 @@ def prepare(
         if backend != "auto":
             _layout_arguments(BACKENDS[backend], layout, head_dim, dtype, table, with_gradients)
             continue
-        # The first choice may refuse some calls, whose place the usual one takes then.
-        usual_one_next = False
-        for name in automatic(layout, head_dim, dtype, table is not None, with_gradients):
-            usual_one_next = usual_one_next or name == usual(layout.device)[0]
+        # As far as the usual one, which takes the place of a first choice that refuses a call, or the next that can.
+        names = automatic(layout, head_dim, dtype, table is not None, with_gradients)
+        usual_place = names.index(usual(layout.device)[0])
+        for place, name in enumerate(names):
             with suppress(ValueError):
                 _layout_arguments(BACKENDS[name], layout, head_dim, dtype, table, with_gradients)
-                if usual_one_next:
+                if place >= usual_place:
                     break
 
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "attention_threads.h"
+#include "list_tensors.h"
 
 namespace sparse_attn {
 namespace {
@@ -78,23 +79,8 @@ Matrix matrix_of(const Tensor& tensor, bool packed) {
   return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
-void check_list(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int, "the lists of a layout are int32 tensors");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "the lists of a layout are contiguous tensors");
-}
-
 Lists lists_of(const Tensor& stops, const Tensor& columns, const Tensor& row_bits, bool full, int64_t heads) {
-  for (const Tensor* tensor : {&stops, &columns, &row_bits}) {
-    check_list(*tensor);
-  }
-  STD_TORCH_CHECK(stops.dim() == 3 && stops.size(1) == 1, "stops must be [heads * groups, 1, key_blocks + 1]");
-  return {
-      static_cast<const int32_t*>(stops.const_data_ptr()),
-      static_cast<const int32_t*>(columns.const_data_ptr()),
-      static_cast<const int32_t*>(row_bits.const_data_ptr()),
-      full,
-      stops.size(0) / heads,
-      stops.size(2) - 1};
+  return {stops_of(stops), list_of(columns), list_of(row_bits), full, stops.size(0) / heads, stops.size(2) - 1};
 }
 
 // Without row_stops nothing is divided.
@@ -111,15 +97,12 @@ DividedLists divided_lists_of(
     return {};
   }
   DividedLists divided{lists_of(stops, columns, row_bits, false, heads)};
-  for (const Tensor* tensor : {&row_stops, &row_columns, &sorted_columns, &sorted_places}) {
-    check_list(*tensor);
-  }
   STD_TORCH_CHECK(
       row_stops.numel() == heads * divided.groups * GROUP_ROWS + 1, "row_stops must be [heads * groups * 16 + 1]");
-  divided.row_stops = static_cast<const int32_t*>(row_stops.const_data_ptr());
-  divided.row_columns = static_cast<const int32_t*>(row_columns.const_data_ptr());
-  divided.sorted_columns = static_cast<const int32_t*>(sorted_columns.const_data_ptr());
-  divided.sorted_places = static_cast<const int32_t*>(sorted_places.const_data_ptr());
+  divided.row_stops = list_of(row_stops);
+  divided.row_columns = list_of(row_columns);
+  divided.sorted_columns = list_of(sorted_columns);
+  divided.sorted_places = list_of(sorted_places);
   return divided;
 }
 

@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -13,12 +12,12 @@
 #include <vector>
 
 #include "attention.h"
+#include "list_tensors.h"
 #include "threads.h"
 
 namespace sparse_attn {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -50,13 +49,6 @@ void visit_entries(
   }
 }
 
-const int32_t* list_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(),
-      "the lists of a layout are contiguous int32 tensors");
-  return static_cast<const int32_t*>(tensor.const_data_ptr());
-}
-
 int32_t* writable(const Tensor& tensor) {
   return static_cast<int32_t*>(tensor.mutable_data_ptr());
 }
@@ -70,9 +62,8 @@ SevenTensors divide_lists(
     int64_t few_rows,
     int64_t least_moved,
     int64_t most_entries) {
-  STD_TORCH_CHECK(stops.dim() == 3 && stops.size(1) == 1, "stops must be [heads * groups, 1, key_blocks + 1]");
   STD_TORCH_CHECK(row_bits.numel() == columns.numel(), "row_bits must be [entries, 1]");
-  const int32_t *stop = list_of(stops), *column = list_of(columns), *bits = list_of(row_bits);
+  const int32_t *stop = stops_of(stops), *column = list_of(columns), *bits = list_of(row_bits);
   const int64_t groups = stops.size(0), blocks = stops.size(2) - 1;
 
   // Where the lists begin; at first their lengths, each in the place after its own.

@@ -1,6 +1,7 @@
 """What the process behind one row measures."""
 
 import json
+import subprocess
 from dataclasses import asdict, astuple, replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import RobertaConfig, RobertaForQuestionAnswering
 from transformers.models.bert.modeling_bert import BertIntermediate
 
-from benchmarks.squad import peers
+from benchmarks.squad import peers, process
 from benchmarks.squad.checkpoints import input_names, load_model
 from benchmarks.squad.feeding import Inputs, write_inputs
 from benchmarks.squad.variants import NAMES, default_names, table_variants
@@ -158,6 +159,23 @@ def test_flex_computes_what_the_mask_keeps(job, windows, saved_mask, sparsity, m
     measured, flex = measure(replace(job, attention="flex", mask=mask, repeats=1))
     assert_equal_logits(flex, (ours["start"], ours["end"]))
     assert measured.processed_tokens == 48 * len(windows) and "flex_attention" in measured.kernel
+
+
+def test_a_worker_is_told_nothing_of_a_launch(job, tmp_path, monkeypatch):
+    """It would wait for the other processes."""
+    environments = []
+
+    def run(command, env):
+        environments.append(env)
+        return subprocess.CompletedProcess(command, 1)
+
+    of_a_launch = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    for name in (*of_a_launch, "ANOTHER"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(process.subprocess, "run", run)
+    with pytest.raises(process.VariantFailed):
+        process.run_worker(job, tmp_path)
+    assert "ANOTHER" in environments[0] and not of_a_launch & set(environments[0])
 
 
 def test_flash_attention_is_absent_on_a_cpu(job, tmp_path):

@@ -17,25 +17,17 @@ def model(model):
     return model.to(DEVICE)
 
 
-@pytest.fixture
-def one_layer(model):
-    """Compiles faster than all of them."""
-    del model.encoder.layer[1:]
-    model.config.num_hidden_layers = 1
-    return model
-
-
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_compiles_as_one_graph_for_any_length(one_layer, backend):
-    patch_bert(one_layer, GlobalMask(MASK.keep[:1]), bits=3, backend=backend)
+def test_compiles_as_one_graph_for_any_length(model, backend):
+    patch_bert(model, MASK, bits=3, backend=backend)
     torch._dynamo.reset()
-    compiled = torch.compile(one_layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ((20, 13), (31, 2), (9, 9)):
         inputs = inputs_of(lengths)
-        close(run(compiled, inputs).last_hidden_state, run(one_layer, inputs).last_hidden_state, inputs)
+        close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state, inputs)
     if backend == "auto":
         inputs.pop("attention_mask")
-        torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(one_layer, inputs).last_hidden_state)
+        torch.testing.assert_close(run(compiled, inputs).last_hidden_state, run(model, inputs).last_hidden_state)
 
 
 @pytest.mark.parametrize("unpad", [True, False])
@@ -58,13 +50,15 @@ def test_layers_compiled_one_by_one_are_compiled_once(model, unpad):
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_compiled_passes_have_gradients(one_layer, mode):
+def test_compiled_passes_have_gradients(model, mode):
     """A traced pass finds its lists, also in evaluation mode, where weights ask for gradients all the same."""
-    patch_bert(getattr(one_layer, mode)(), GlobalMask(MASK.keep[:1]))
+    del model.encoder.layer[1:]  # one compiles faster
+    model.config.num_hidden_layers = 1
+    patch_bert(getattr(model, mode)(), GlobalMask(MASK.keep[:1]))
     torch._dynamo.reset()
-    compiled = torch.compile(one_layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     compiled(**inputs_of()).last_hidden_state.square().sum().backward()
-    assert one_layer.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+    assert model.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
 
 
 class OnGpu(torch.Tensor):
