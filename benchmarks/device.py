@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sparse_attn.backends import native
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,12 +52,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """For example "NVIDIA H200", "AMD EPYC, 2 threads" or "AMD EPYC with AVX2, 2 threads" for one without AVX-512."""
+    """For example "NVIDIA H200", "AMD EPYC, 2 threads", "AMD EPYC with AVX2, 2 threads" for one without AVX-512, or
+    "Intel(R) Xeon(R) Processor with AMX, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
+    unit = " with AMX" if "amx" in native.capabilities() else ""
     vectors = " with AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX2" else ""
-    return f"{_processor()}{vectors}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_processor()}{unit}{vectors}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

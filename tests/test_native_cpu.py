@@ -262,6 +262,8 @@ def test_capabilities_name_what_this_processor_has():
     assert ("avx512" in found) == (flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"})
     if "amx" in found:  # a system may have AMX and keep it from a process
         assert flags >= {"amx_tile", "amx_bf16", "avx512_bf16"}
+    if "avx512_bf16" in found:  # Intel's processors multiply pairs of bfloat16 slower than floats
+        assert (found.index("avx512") < found.index("avx512_bf16")) == ("GenuineIntel" in flags)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is of x86-64")

@@ -30,14 +30,19 @@ std::vector<const Kernels*> usable_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
-    if (amx_usable()) {
-      usable.push_back(&AMX_KERNELS);
-    }
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool pairs_are_slow = __builtin_cpu_is("intel");  // slower than floats, which they are converted to then
+  if (pairs && amx_usable()) {
+    usable.push_back(&AMX_KERNELS);
+  }
+  if (pairs && !pairs_are_slow) {
     usable.push_back(&AVX512_BF16_KERNELS);
   }
   if (avx512) {
     usable.push_back(&AVX512_KERNELS);
+  }
+  if (pairs && pairs_are_slow) {
+    usable.push_back(&AVX512_BF16_KERNELS);
   }
   if (avx2) {
     usable.push_back(&AVX2_KERNELS);
