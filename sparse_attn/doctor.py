@@ -12,7 +12,7 @@ import torch
 from . import extension
 from .attention import backends_on
 from .backends import native_cpu, native_cuda, triton
-from .integrations.onednn import onednn_dtypes, onednn_is_faster
+from .integrations.onednn import multiplied_as, onednn_dtypes, onednn_is_faster
 from .kernels.configuration import TABLES, table_name, table_of
 from .version import __version__
 
@@ -116,12 +116,20 @@ def _backend(device: str) -> Finding:
 
 
 def _linear_layers() -> Finding:
-    names = [str(dtype).removeprefix("torch.") for dtype in onednn_dtypes()]
-    text = "torch's own: this build has no oneDNN"
-    if names:
-        faster = onednn_is_faster()
-        text = f"oneDNN computes {' and '.join(names)}" if faster else "torch's own, faster than oneDNN without AVX-512"
-    return Finding("linear layers on cpu", bool(names), text)
+    computed = onednn_dtypes()
+    if not computed:
+        return Finding("linear layers on cpu", False, "torch's own: this build has no oneDNN")
+    text = "torch's own, faster than oneDNN without AVX-512"
+    if onednn_is_faster(torch.float32):
+        text = f"oneDNN computes {_names(computed)}"
+    converted = [dtype for dtype in (torch.bfloat16, torch.float16) if multiplied_as(dtype) != dtype]
+    if converted:
+        text += f"; {_names(converted)} by oneDNN as float32, which is faster on this processor"
+    return Finding("linear layers on cpu", True, text)
+
+
+def _names(dtypes: list[torch.dtype]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -55,10 +55,13 @@ def test_an_extension_without_the_kernel_for_gpus_is_named(capsys, monkeypatch):
 
 def test_names_what_computes_linear_layers(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "onednn_dtypes", lambda: [torch.float32, torch.bfloat16])
+    monkeypatch.setattr(doctor, "multiplied_as", lambda dtype: dtype)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert "ok       linear layers on cpu: oneDNN computes float32 and bfloat16" in report(capsys)
+    assert "ok       linear layers on cpu: oneDNN computes float32 and bfloat16\n" in report(capsys)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert "ok       linear layers on cpu: torch's own, faster than oneDNN without AVX-512" in report(capsys)
+    assert "ok       linear layers on cpu: torch's own, faster than oneDNN without AVX-512\n" in report(capsys)
+    monkeypatch.setattr(doctor, "multiplied_as", lambda dtype: torch.float32)
+    assert "without AVX-512; bfloat16 and float16 by oneDNN as float32, which is faster" in report(capsys)
     monkeypatch.setattr(doctor, "onednn_dtypes", list)
     assert "missing  linear layers on cpu: torch's own" in report(capsys)
 

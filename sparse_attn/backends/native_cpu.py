@@ -50,6 +50,11 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(torch.ops.sparse_attn.instruction_sets().split()) if extension.available() else ()
 
 
+def floats_are_faster() -> bool:
+    """Whether this processor is known to multiply float32 faster than bfloat16."""
+    return instruction_sets()[:1] in (("avx512",), ("avx2",))
+
+
 def refusals(call: AttentionCall, training: bool) -> list[str]:
     """Why the kernels cannot compute `call`; empty if they can."""
     if call.query.device.type != "cpu":

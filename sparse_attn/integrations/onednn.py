@@ -2,10 +2,12 @@
 
 Without padding and with sparse attention a pass is linear layers. `torch.nn.functional.linear` copies the bias into the
 output before it multiplies, multiplies float32 by MKL, which is tuned for one maker's processors, and leaves GELU to a
-pass over memory of its own. oneDNN's operator does all three at once, with the weights as they are: no parameter is
-copied or changed. That is faster with AVX-512, and slower without. Between the two layers of a feed-forward part lies
-the largest tensor of a pass. Blocks of memory of that size come from the system page by page, every time, so that part
-is computed some rows at a time, whoever multiplies.
+pass over memory of its own. oneDNN's operator does all three at once, with the weights as they are. That is faster with
+AVX-512, and slower without. Many a processor multiplies 16-bit numbers several times slower than float32: there a
+layer's numbers are converted to float32, and its output back, whenever it is computed.
+
+Between the two layers of a feed-forward part lies the largest tensor of a pass. Blocks of memory of that size come from
+the system page by page, every time, so that part is computed some rows at a time, whoever multiplies.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.functional import pad
 from torch.nn.modules import module as every_module
 
+from ..backends import native_cpu
 from .models import Encoder, is_a
 from .packing import recurring_rows
 
@@ -44,6 +47,15 @@ def onednn_dtypes() -> list[torch.dtype]:
     return [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
 
 
+def multiplied_as(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of `dtype` are multiplied as: themselves, or float32 where this processor is quicker with that."""
+    if dtype == torch.bfloat16 and native_cpu.floats_are_faster():
+        return torch.float32
+    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return torch.float32
+    return dtype
+
+
 def expect_onednn(onednn: bool | None) -> None:
     """Raises ValueError where oneDNN must be used and torch has none."""
     if onednn and not onednn_dtypes():
@@ -52,12 +64,12 @@ def expect_onednn(onednn: bool | None) -> None:
 
 def set_onednn(encoder: Encoder, onednn: bool | None) -> None:
     """Makes an encoder's layers use oneDNN where they can, and compute feed-forward parts in pieces: yes, no, or (None)
-    if it lies on a CPU, oneDNN where it is the faster one."""
+    if it lies on a CPU, oneDNN where it is the faster one for its weights."""
     remove_onednn(encoder)
     for stack in encoder.stacks:
         recommended = onednn is None and _on_cpu_with_vectors(stack)
         untouched = {module for module in stack.modules() if "forward" not in module.__dict__}  # by accelerate, say
-        if onednn or (recommended and onednn_is_faster()):
+        if onednn or (recommended and any(map(onednn_is_faster, {weight.dtype for weight in stack.parameters()}))):
             _use_onednn(untouched, encoder.family.feed_forward)
         if onednn or recommended:
             _use_pieces(untouched, encoder.family.feed_forward)
@@ -76,10 +88,12 @@ def remove_onednn(encoder: Encoder) -> None:
                 module.__class__ = module.original
 
 
-def onednn_is_faster() -> bool:
-    """Whether linear layers are faster by oneDNN on this processor. With AVX2, MKL is the faster one in float32 and
-    GELU costs less by itself."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and bool(onednn_dtypes())
+def onednn_is_faster(dtype: torch.dtype) -> bool:
+    """Whether linear layers of `dtype` are faster by oneDNN on this processor. With AVX2, MKL is the faster one in
+    float32 and GELU costs less by itself."""
+    if not onednn_dtypes():
+        return False
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") or multiplied_as(dtype) != dtype
 
 
 def _on_cpu_with_vectors(stack: nn.Module) -> bool:
@@ -98,14 +112,17 @@ class OneDNNLinear(nn.Linear):
             return super().forward(input)
         algorithm = self.__dict__.get(_ALGORITHM)
         activation = ("none", [], "") if algorithm is None else ("gelu", [], algorithm)
+        dtype = multiplied_as(input.dtype)
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         rows = input.shape[:-1].numel()
-        added = 0 if input.dtype == torch.bfloat16 else recurring_rows(rows) - rows
+        added = 0 if dtype == torch.bfloat16 else recurring_rows(rows) - rows
         if added:  # torch's own way is oneDNN too in bfloat16, whatever their number
-            input_rows = pad(input.reshape(rows, -1), (0, 0, 0, added))
-            output = torch.ops.mkldnn._linear_pointwise(input_rows, self.weight, self.bias, *activation)
+            input_rows = pad(input.reshape(rows, -1), (0, 0, 0, added)).to(dtype)
+            output = torch.ops.mkldnn._linear_pointwise(input_rows, weight, bias, *activation)
             output = output[:rows].view(*input.shape[:-1], self.out_features)
         else:
-            output = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, *activation)
+            output = torch.ops.mkldnn._linear_pointwise(input.to(dtype), weight, bias, *activation)
+        output = output.to(input.dtype)
         if algorithm is not None:
             setattr(output, _ACTIVATED, True)
         return output
@@ -260,7 +277,7 @@ def _usable(module: nn.Linear, input: Tensor) -> bool:
     return (
         input.device.type == weight.device.type == "cpu"
         and input.dtype == weight.dtype
-        and input.dtype in onednn_dtypes()
+        and multiplied_as(input.dtype) in onednn_dtypes()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
     )

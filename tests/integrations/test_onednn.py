@@ -11,6 +11,7 @@ from transformers import BertModel
 from transformers.models.bert.modeling_bert import BertLayer
 
 from sparse_attn import GlobalMask, is_patched, patch_model, patched, unpatch
+from sparse_attn.backends import native_cpu
 from sparse_attn.integrations import onednn
 from sparse_attn.integrations.models import encoder_of
 from sparse_attn.integrations.onednn import onednn_dtypes
@@ -70,15 +71,16 @@ def test_every_activation(activation):
 
 
 class Products(TorchDispatchMode):
-    """The activation and the number of rows of every product by oneDNN."""
+    """The activation and the number of rows of every product by oneDNN, and the dtypes of all."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.dtypes = [], set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if str(function) == ONEDNN:
             self.seen.append((args[3], args[0].shape[:-1].numel()))
+            self.dtypes |= {args[0].dtype, args[1].dtype, args[2].dtype}
         return function(*args, **(kwargs or {}))
 
 
@@ -139,7 +141,8 @@ def test_passes_with_gradients_have_them(bert):
 
 
 @pytest.mark.parametrize("kind", ["autocast", "float16", "disabled"])
-def test_what_the_operator_lacks(bert, kind):
+def test_what_the_operator_lacks(bert, kind, monkeypatch):
+    monkeypatch.setattr(onednn, "multiplied_as", lambda dtype: dtype)
     patch_model(bert, MASK, onednn=True)
     inputs = padded_inputs()
     expected = bert(**inputs).last_hidden_state.detach()
@@ -153,6 +156,35 @@ def test_what_the_operator_lacks(bert, kind):
             output, counts = operators_of(bert, inputs)
     assert counts[ONEDNN] == 0
     torch.testing.assert_close(output.float(), expected, atol=0.2, rtol=0.1)
+
+
+@pytest.mark.parametrize("capability", ["AVX512", "AVX2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_that_are_multiplied_slowly_are_converted(bert, dtype, capability, monkeypatch):
+    inputs, exact = padded_inputs(), copy.deepcopy(bert.to(dtype)).float()
+    exact, _ = operators_of(patch_model(exact, MASK, onednn=False), inputs)
+    usual, _ = operators_of(patch_model(bert, MASK, onednn=False), inputs)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(onednn, "multiplied_as", lambda found: torch.float32)
+    with Products() as products, torch.no_grad():
+        output = patch_model(bert, MASK)(**inputs).last_hidden_state
+    assert len(products.seen) == 6 * MASK.layers and products.dtypes == {torch.float32}
+    assert output.dtype == dtype and all(weight.dtype == dtype for weight in bert.parameters())
+    assert (output - exact).abs().max() < 1.5 * (usual - exact).abs().max()
+    # Once the weights are float32, what is faster for that computes again, which patching chooses anew.
+    assert (operators_of(patch_model(bert.float(), MASK), inputs)[1][ONEDNN] > 0) == (capability == "AVX512")
+
+
+def test_only_what_is_known_to_be_slow_is_converted(monkeypatch):
+    assert onednn.multiplied_as(torch.float32) == torch.float32
+    for sets, as_floats in (
+        (("amx", "avx512", "avx512_bf16"), False), (("avx512_bf16", "avx512"), False),
+        (("avx512", "avx512_bf16"), True), (("avx2", "portable"), True), (("portable",), False), ((), False),
+    ):  # fmt: skip
+        monkeypatch.setattr(native_cpu, "instruction_sets", lambda sets=sets: sets)
+        assert (onednn.multiplied_as(torch.bfloat16) == torch.float32) == as_floats
+    as_is = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert onednn.multiplied_as(torch.float16) == (torch.float16 if as_is else torch.float32)
 
 
 def test_forward_mode_gradients_go_through_linear_layers(bert):
