@@ -58,7 +58,8 @@ def patch_bert(
             whole batch. Where they stay, their hidden states are not meaningful.
         onednn: whether torch's oneDNN operator computes linear layers and GELU in passes on a CPU that need no
             gradients, and large feed-forward parts are computed some rows at a time. None: where the model lies on a
-            CPU; but by oneDNN only with AVX-512, since torch's own way is the faster one without.
+            CPU; but by oneDNN only with AVX-512, since torch's own way is the faster one without, or where float32 is
+            multiplied faster than 16-bit weights, which are converted then.
 
     Returns:
         The same model. A patched model is patched anew.
