@@ -38,6 +38,7 @@ _WIDTH = "sparse_attention_width"  # of a block with a feed-forward part: featur
 _REUSED_BYTES = 1 << 25  # glibc's malloc returns larger blocks to the system, whatever its settings have adapted to
 _PIECE_BYTES = 1 << 24
 _LEAST_ROWS = 256  # with fewer, MKL is the faster one in float32 on Intel processors
+_LEAST_CONVERTED_ROWS = 64  # with fewer, converting the weights takes as long as it saves
 
 
 def onednn_dtypes() -> list[torch.dtype]:
@@ -258,6 +259,10 @@ def _gelu_algorithm(activation: object) -> str | None:
     return next((algorithm for name, algorithm in _GELU_ALGORITHMS.items() if is_a(activation, name)), None)
 
 
+def _least_rows(dtype: torch.dtype) -> int:
+    return _LEAST_ROWS if multiplied_as(dtype) == dtype else _LEAST_CONVERTED_ROWS
+
+
 def _usable(module: nn.Linear, input: Tensor) -> bool:
     """The operator has no gradients and no autocast, and takes plain tensors of one dtype."""
     weight, bias = module.weight, module.bias
@@ -267,7 +272,7 @@ def _usable(module: nn.Linear, input: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or type(input) is not Tensor
         or type(weight) is not nn.Parameter
-        or input.shape[:-1].numel() < _LEAST_ROWS  # after tracing, which it would tie to a size
+        or input.shape[:-1].numel() < _least_rows(input.dtype)  # after tracing, which it would tie to a size
     ):
         return False
     if torch.is_grad_enabled() and (

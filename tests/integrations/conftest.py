@@ -74,6 +74,7 @@ def bert() -> BertModel:
 def any_rows(monkeypatch):
     """oneDNN takes the few rows that tests have."""
     monkeypatch.setattr(onednn, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(onednn, "_LEAST_CONVERTED_ROWS", 1)
 
 
 @pytest.fixture

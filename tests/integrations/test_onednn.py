@@ -41,13 +41,17 @@ def test_every_family(name, dtype):
     assert counts[GELU] == 0 and counts[TANH] <= 1
 
 
-def test_few_rows_are_left_to_torch(bert, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float32, "_LEAST_ROWS"), (torch.bfloat16, "_LEAST_CONVERTED_ROWS")]
+)
+def test_few_rows_are_left_to_torch(dtype, name, bert, monkeypatch):
     """The operator costs more than it gains there."""
     inputs = padded_inputs()
     rows = int(inputs["attention_mask"].sum())
-    patch_model(bert, MASK, onednn=True)
+    patch_model(bert.to(dtype), MASK, onednn=True)
+    monkeypatch.setattr(onednn, "multiplied_as", lambda found: torch.float32)
     for least, uses in ((rows, True), (rows + 1, False)):
-        monkeypatch.setattr(onednn, "_LEAST_ROWS", least)
+        monkeypatch.setattr(onednn, name, least)
         assert (operators_of(bert, inputs)[1][ONEDNN] > 0) == uses
 
 
