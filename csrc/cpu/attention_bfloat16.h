@@ -7,19 +7,24 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "attention_steps.h"
+#include "attention_own.h"
 
 namespace sparse_attn::SPARSE_ATTN_ISA {
 
 constexpr int64_t PAIRED_DIMS = 2 * LANES;  // what a register of pairs holds
+
+// Adds the products of pairs of bfloat16.
+SPARSE_ATTN_INLINE Floats add_products_of_pairs(Floats sum, Floats a, Floats b) {
+  return reinterpret_cast<Floats>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+}
 
 // Words that are pairs of bfloat16, like `FloatWords`: both products are added.
 struct PairWords {
   static SPARSE_ATTN_INLINE_MEMBER Floats add_product(Floats sum, Floats lanes, const void* pair) {
     int32_t bits;
     std::memcpy(&bits, pair, sizeof bits);
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(
-        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(lanes), reinterpret_cast<__m512bh>(Ints{} + bits)));
+    return add_products_of_pairs(sum, lanes, reinterpret_cast<Floats>(Ints{} + bits));
   }
 };
 
@@ -79,6 +84,51 @@ SPARSE_ATTN_INLINE void store_quarters(void* to, Floats first, Floats second) {
   std::memcpy(to, &in_order, sizeof in_order);
 }
 
+// Rows in pairs as they are, [LANES][head_dim / 2]; zeros in lanes that are not alive.
+inline void load_pair_rows(const Head& head, int64_t first, uint32_t alive, float* rows) {
+  for (int lane = 0; lane < LANES; ++lane) {
+    for (int64_t dim = 0; dim < head.head_dim; dim += PAIRED_DIMS, rows += LANES) {
+      store(rows, alive >> lane & 1 ? load(reinterpret_cast<const float*>(head.at(first + lane, dim))) : splat(0.0f));
+    }
+  }
+}
+
+// What `FloatRow` is, for rows of bfloat16.
+struct PairRow {
+  static constexpr int LEAST_VECTORS = 2;
+
+  static SPARSE_ATTN_INLINE_MEMBER Floats add_products(Floats sum, Floats a, Floats b) {
+    return add_products_of_pairs(sum, a, b);
+  }
+
+  template <int VECTORS, int64_t STEP>
+  static SPARSE_ATTN_INLINE_MEMBER void sum(
+      const float* weights, int64_t dim, Rows rows, const int32_t* names, int64_t count, float* sums) {
+    Floats sum[VECTORS];
+#pragma GCC unroll 4
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      sum[vector] = splat(0.0f);
+    }
+    for (int64_t index = 0; index < count; index += 2) {
+      const int64_t next = std::min(index + 1, count - 1);
+      const char *row = rows.at(names[index]) + 2 * dim, *next_row = rows.at(names[next]) + 2 * dim;
+      const Floats next_weight = splat(next > index ? weights[next * STEP] : 0.0f);
+      const Floats weight = weight_pair(splat(weights[index * STEP]), next_weight);
+#pragma GCC unroll 2
+      for (int vector = 0; vector < VECTORS; vector += 2) {
+        float pairs[PAIRED_DIMS];
+        interleave(row + 2 * vector * LANES, next_row + 2 * vector * LANES, pairs);
+        sum[vector] = add_products(sum[vector], weight, load(pairs));
+        sum[vector + 1] = add_products(sum[vector + 1], weight, load(pairs + LANES));
+      }
+    }
+#pragma GCC unroll 4
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      store(sums + vector * LANES, sum[vector]);
+    }
+  }
+};
+
 // Whether a call's rows are bfloat16 that fill registers of pairs.
 inline bool rows_are_pairs(const Call& call, std::initializer_list<Matrix> matrices) {
   return call.element == Element::BFloat16 && call.head_dim % PAIRED_DIMS == 0 &&
@@ -96,17 +146,20 @@ inline bool rows_are_pairs(const Backward& call) {
 
 // What `FloatSide` (attention_floats.h) is for rows of float32, for rows in pairs.
 struct BFloat16Side {
-  static constexpr bool TAKES_OWN_ENTRIES = false;
+  static constexpr bool TAKES_OWN_ENTRIES = true;
   int64_t dims;
   float factor;
   Head head;
-  float *lanes, *weight_pairs, *row_pairs;
+  Rows rows;
+  float *lanes, *own_lanes, *weight_pairs, *row_pairs;
 
   BFloat16Side(const Call& call, const Head& head, int64_t, int64_t, float factor, const SideMemory& memory)
       : dims(head.head_dim),
         factor(factor),
         head(head),
+        rows{head.data, 2 * head.row_stride},
         lanes(memory.lanes),
+        own_lanes(memory.own_lanes),
         weight_pairs(memory.rows),
         row_pairs(memory.rows + Workspace::length(call) / 2 * LANES) {
   }
@@ -117,14 +170,23 @@ struct BFloat16Side {
 
   template <class Visit>
   SPARSE_ATTN_INLINE_MEMBER void lane_products(const Entries& list, Visit visit) const {
-    const Rows rows{head.data, 2 * head.row_stride};
     products<PairWords>(lanes, dims / 2, rows, list, [&](int64_t entry, Floats sum) __attribute__((always_inline)) {
       visit(entry, sum * factor);
     });
   }
 
+  template <Order ORDER>
+  void own_products(const Head& other, int64_t first_row, uint32_t alive, const OwnEntries& own, float* scores) const {
+    load_pair_rows(other, first_row, alive, own_lanes);
+    sparse_attn::SPARSE_ATTN_ISA::own_products<ORDER, PairRow>(own_lanes, dims / 2, rows, own, factor, scores);
+  }
+
+  template <Order ORDER>
   SPARSE_ATTN_INLINE_MEMBER void weighted_sums(
-      const float* weights, const Entries& list, const OutputRows& outputs) const {
+      const float* weights, const Entries& list, const OwnEntries& own, const OutputRows& outputs) const {
+    if (own.slots > 0) {
+      own_sums<ORDER, PairRow>(weights + list.count * LANES, dims, rows, own, own_lanes);
+    }
     const int64_t pairs = (list.count + 1) / 2;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const int64_t first = 2 * pair, second = std::min(first + 1, list.count - 1);
@@ -135,7 +197,12 @@ struct BFloat16Side {
       }
     }
     const auto pair_row = [&](int64_t pair) __attribute__((always_inline)) { return row_pairs + pair * dims; };
-    weighted_rows<PairWords>(weight_pairs, pairs, dims, pair_row, outputs);
+    weighted_rows<PairWords>(weight_pairs, pairs, dims, pair_row, outputs, own.slots > 0 ? own_lanes : nullptr);
+  }
+
+  SPARSE_ATTN_INLINE_MEMBER void weighted_sums(
+      const float* weights, const Entries& list, const OutputRows& outputs) const {
+    weighted_sums<Order::Slots>(weights, list, OwnEntries{}, outputs);
   }
 };
 

@@ -37,8 +37,8 @@ struct FloatSide {
   // To scores; lanes are rows of `other`, from first_row on.
   template <Order ORDER>
   void own_products(const Head& other, int64_t first_row, uint32_t alive, const OwnEntries& own, float* scores) const {
-    load_rows(other, first_row, alive, factor, own_lanes);
-    sparse_attn::SPARSE_ATTN_ISA::own_products<ORDER>(own_lanes, dims, rows, own, scores);
+    load_rows(other, first_row, alive, own_lanes);
+    sparse_attn::SPARSE_ATTN_ISA::own_products<ORDER, FloatRow>(own_lanes, dims, rows, own, factor, scores);
   }
 
   // Weights [entries][LANES], then those of own entries.
@@ -47,7 +47,7 @@ struct FloatSide {
       const float* weights, const Entries& list, const OwnEntries& own, const OutputRows& outputs) const {
     const auto row_of = [&](int64_t entry) __attribute__((always_inline)) { return rows.at(list.rows[entry]); };
     if (own.slots > 0) {
-      own_sums<ORDER>(weights + list.count * LANES, dims, rows, own, own_lanes);
+      own_sums<ORDER, FloatRow>(weights + list.count * LANES, dims, rows, own, own_lanes);
     }
     weighted_rows(weights, list.count, dims, row_of, outputs, own.slots > 0 ? own_lanes : nullptr);
   }

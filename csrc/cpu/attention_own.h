@@ -139,15 +139,52 @@ SPARSE_ATTN_INLINE Four sums_of_four(const Floats (&vectors)[4]) {
   return sums;
 }
 
-// The products of OWN_ENTRIES lanes' rows, in lane_rows [LANES][dims], with the rows that they meet. The entries may be
-// the same.
-template <Order ORDER>
+// Rows of float32, as own entries meet them.
+struct FloatRow {
+  static constexpr int LEAST_VECTORS = 1;  // of sums, that a row is cut into
+
+  static SPARSE_ATTN_INLINE_MEMBER Floats add_products(Floats sum, Floats a, Floats b) {
+    return sum + a * b;
+  }
+
+  // VECTORS vectors, from `dim` on, of the sum of `count` rows with weights STEP apart.
+  template <int VECTORS, int64_t STEP>
+  static SPARSE_ATTN_INLINE_MEMBER void sum(
+      const float* weights, int64_t dim, Rows rows, const int32_t* names, int64_t count, float* sums) {
+    Floats even[VECTORS], odd[VECTORS];  // sums by turns, which hide the latency of an FMA
+#pragma GCC unroll 4
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      even[vector] = odd[vector] = splat(0.0f);
+    }
+    for (int64_t index = 0; index < count; index += 2) {
+      const int64_t next = std::min(index + 1, count - 1);
+      const float* row = reinterpret_cast<const float*>(rows.at(names[index])) + dim;
+      const float* next_row = reinterpret_cast<const float*>(rows.at(names[next])) + dim;
+      const Floats weight = splat(weights[index * STEP]);
+      const Floats next_weight = splat(next > index ? weights[next * STEP] : 0.0f);
+#pragma GCC unroll 4
+      for (int vector = 0; vector < VECTORS; ++vector) {
+        even[vector] += weight * load(row + vector * LANES);
+        odd[vector] += next_weight * load(next_row + vector * LANES);
+      }
+    }
+#pragma GCC unroll 4
+    for (int vector = 0; vector < VECTORS; ++vector) {
+      store(sums + vector * LANES, even[vector] + odd[vector]);
+    }
+  }
+};
+
+// The products of OWN_ENTRIES lanes' rows, in lane_rows [LANES][words], with the rows that they meet, times a factor.
+// The entries may be the same.
+template <Order ORDER, class Row>
 SPARSE_ATTN_INLINE void four_products(
     const float* lane_rows,
-    int64_t dims,
+    int64_t words,
     Rows rows,
     const OwnEntries& own,
     const int64_t (&entries)[OWN_ENTRIES],
+    float factor,
     float* scores) {
   const float *row[OWN_ENTRIES], *lane_row[OWN_ENTRIES];
   int32_t place[OWN_ENTRIES];
@@ -156,16 +193,16 @@ SPARSE_ATTN_INLINE void four_products(
   for (int i = 0; i < OWN_ENTRIES; ++i) {
     place[i] = own.places[entries[i]];
     row[i] = reinterpret_cast<const float*>(rows.at(own.sorted_rows[entries[i]]));
-    lane_row[i] = lane_rows + lane_of(place[i]) * static_cast<uint32_t>(dims);
+    lane_row[i] = lane_rows + lane_of(place[i]) * static_cast<uint32_t>(words);
     sum[i] = splat(0.0f);
   }
-  for (int64_t dim = 0; dim < dims; dim += LANES) {
+  for (int64_t word = 0; word < words; word += LANES) {
 #pragma GCC unroll 4
     for (int i = 0; i < OWN_ENTRIES; ++i) {
-      sum[i] += load(lane_row[i] + dim) * load(row[i] + dim);
+      sum[i] = Row::add_products(sum[i], load(lane_row[i] + word), load(row[i] + word));
     }
   }
-  const Four sums = sums_of_four(sum);
+  const Four sums = sums_of_four(sum) * factor;
 #pragma GCC unroll 4
   for (int i = 0; i < OWN_ENTRIES; ++i) {
     scores[score_at<ORDER>(own, place[i])] = sums[i];
@@ -173,62 +210,40 @@ SPARSE_ATTN_INLINE void four_products(
 }
 
 // In slots, minus infinity where a lane meets fewer.
-template <Order ORDER>
+template <Order ORDER, class Row>
 SPARSE_ATTN_INLINE void own_products(
-    const float* lane_rows, int64_t dims, Rows rows, const OwnEntries& own, float* scores) {
+    const float* lane_rows, int64_t words, Rows rows, const OwnEntries& own, float factor, float* scores) {
   for (int64_t slot = 0; ORDER == Order::Slots && slot < own.slots; ++slot) {
     store(scores + slot * LANES, splat(-std::numeric_limits<float>::infinity()));
   }
   for (int quarter = 0; quarter < QUARTERS; ++quarter) {
     const int64_t begin = own.begin[quarter], end = own.end[quarter], rest = (end - begin) % OWN_ENTRIES;
     for (int64_t first = begin; first < end - rest; first += OWN_ENTRIES) {
-      four_products<ORDER>(lane_rows, dims, rows, own, {first, first + 1, first + 2, first + 3}, scores);
+      const int64_t entries[] = {first, first + 1, first + 2, first + 3};
+      four_products<ORDER, Row>(lane_rows, words, rows, own, entries, factor, scores);
     }
     if (rest > 0) {
-      four_products<ORDER>(lane_rows, dims, rows, own, {end - rest, end - 1 - rest / 2, end - 1, end - 1}, scores);
+      const int64_t entries[] = {end - rest, end - 1 - rest / 2, end - 1, end - 1};
+      four_products<ORDER, Row>(lane_rows, words, rows, own, entries, factor, scores);
     }
-  }
-}
-
-// VECTORS vectors of the sum of `count` rows with weights `STEP` apart.
-template <int VECTORS, int64_t STEP>
-SPARSE_ATTN_INLINE void own_sum(
-    const float* weights, int64_t dim, Rows rows, const int32_t* names, int64_t count, float* sums) {
-  Floats even[VECTORS], odd[VECTORS];  // sums by turns, which hide the latency of an FMA
-#pragma GCC unroll 4
-  for (int vector = 0; vector < VECTORS; ++vector) {
-    even[vector] = odd[vector] = splat(0.0f);
-  }
-  for (int64_t index = 0; index < count; index += 2) {
-    const float* row = reinterpret_cast<const float*>(rows.at(names[index])) + dim;
-    const int64_t next = std::min(index + 1, count - 1);
-    const float* next_row = reinterpret_cast<const float*>(rows.at(names[next])) + dim;
-    const Floats weight = splat(weights[index * STEP]), next_weight = splat(next > index ? weights[next * STEP] : 0.0f);
-#pragma GCC unroll 4
-    for (int vector = 0; vector < VECTORS; ++vector) {
-      even[vector] += weight * load(row + vector * LANES);
-      odd[vector] += next_weight * load(next_row + vector * LANES);
-    }
-  }
-#pragma GCC unroll 4
-  for (int vector = 0; vector < VECTORS; ++vector) {
-    store(sums + dim + vector * LANES, even[vector] + odd[vector]);
   }
 }
 
 // For each lane the sum of the rows that it meets, weighted: to sums [LANES][dims].
-template <Order ORDER>
+template <Order ORDER, class Row>
 SPARSE_ATTN_INLINE void own_sums(const float* weights, int64_t dims, Rows rows, const OwnEntries& own, float* sums) {
+  constexpr int VECTORS = 4;  // of sums at a time: 64 dimensions, with 16 lanes
   for (int lane = 0; lane < LANES; ++lane) {
     const int32_t* names = own.rows + own.first[lane];
     const int64_t count = own.count[lane];
     const float* own_weights = weights + first_score_of<ORDER>(own, lane);
     int64_t dim = 0;
-    for (; dim + 4 * LANES <= dims; dim += 4 * LANES) {
-      own_sum<4, SCORE_STEP<ORDER>>(own_weights, dim, rows, names, count, sums + lane * dims);
+    for (; dim + VECTORS * LANES <= dims; dim += VECTORS * LANES) {
+      Row::template sum<VECTORS, SCORE_STEP<ORDER>>(own_weights, dim, rows, names, count, sums + lane * dims + dim);
     }
-    for (; dim < dims; dim += LANES) {
-      own_sum<1, SCORE_STEP<ORDER>>(own_weights, dim, rows, names, count, sums + lane * dims);
+    for (; dim < dims; dim += Row::LEAST_VECTORS * LANES) {
+      Row::template sum<Row::LEAST_VECTORS, SCORE_STEP<ORDER>>(
+          own_weights, dim, rows, names, count, sums + lane * dims + dim);
     }
   }
 }

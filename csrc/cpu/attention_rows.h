@@ -164,12 +164,12 @@ inline void load_lanes(const Head& head, int64_t first, uint32_t alive, float fa
   }
 }
 
-// Rows from `first` on times a factor as they are, [LANES][dims]; zeros in lanes that are not alive.
-inline void load_rows(const Head& head, int64_t first, uint32_t alive, float factor, float* rows) {
+// Rows from `first` on as floats, [LANES][dims]; zeros in lanes that are not alive.
+inline void load_rows(const Head& head, int64_t first, uint32_t alive, float* rows) {
   const int64_t dims = padded_dim(head.head_dim);
   for (int lane = 0; lane < LANES; ++lane) {
     for (int64_t dim = 0; dim < dims; dim += LANES) {
-      store(rows + lane * dims + dim, alive >> lane & 1 ? load_dims(head, first + lane, dim) * factor : splat(0.0f));
+      store(rows + lane * dims + dim, alive >> lane & 1 ? load_dims(head, first + lane, dim) : splat(0.0f));
     }
   }
 }

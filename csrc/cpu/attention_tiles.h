@@ -15,6 +15,7 @@ constexpr int OTHER_OPERANDS[] = {5, 6, 7, 5};
 
 // `BFloat16Side` with products of tiles.
 struct TileSide : BFloat16Side {
+  static constexpr bool TAKES_OWN_ENTRIES = false;
   float *copies, *tile_sums;  // where the pairs of `weighted_sums` lie at other times
   tile_unit::Tiles tiles;
 

@@ -17,7 +17,6 @@ from .row_lists import not_divided, row_lists_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _ROWS = 16
-_MULTIPLY_BFLOAT16 = ("amx", "avx512_bf16")  # instruction sets that do, whose kernels take no divided lists then
 
 _CALL = (
     "Tensor? query_lengths, Tensor? key_lengths, Tensor? key_padding, Tensor? cu_seqlens, int max_length, "
@@ -69,7 +68,7 @@ def layout_arguments(
 ) -> tuple[list[Tensor], tuple[int, ...]]:
     """The column lists for 16 queries, then the same divided, where the kernels take them; in training also those for
     16 keys."""
-    undivided = dtype == torch.bfloat16 and (_instruction_set or instruction_sets()[0]) in _MULTIPLY_BFLOAT16
+    undivided = dtype == torch.bfloat16 and (_instruction_set or instruction_sets()[0]) == "amx"
     tensors, full = [], []
     for transposed in (False, True) if training else (False,):
         lists = layout.lists(_ROWS, transposed=transposed)

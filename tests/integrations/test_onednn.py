@@ -41,9 +41,7 @@ def test_every_family(name, dtype):
     assert counts[GELU] == 0 and counts[TANH] <= 1
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.float32, "_LEAST_ROWS"), (torch.bfloat16, "_LEAST_CONVERTED_ROWS")]
-)
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "_LEAST_ROWS"), (torch.bfloat16, "_LEAST_CONVERTED_ROWS")])
 def test_few_rows_are_left_to_torch(dtype, name, bert, monkeypatch):
     """The operator costs more than it gains there."""
     inputs = padded_inputs()
