@@ -87,7 +87,7 @@ def distil(
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
         ValueError: no inputs, fields of different lengths, an input longer than the student's mask, models that do not
-            fit together, a number out of range.
+            fit together, a number out of range; all weights are frozen (those that are stay as they are).
         TypeError: weights of a dtype other than float32, inputs that are no sequence of mappings of whole numbers,
             student or teacher that neither are models of transformers nor hold one.
 

@@ -60,8 +60,8 @@ def finetune_question_answering(
 
     Raises:
         ModuleNotFoundError: accelerate, which transformers' Trainer needs, is not installed.
-        ValueError: no windows, one longer than the mask of a patched model, a number that is out of range, or an
-            unknown name of an input.
+        ValueError: no windows, one longer than the mask of a patched model, a number that is out of range, an unknown
+            name of an input; all weights are frozen (those that are stay as they are).
         TypeError: weights of a dtype other than float32, other windows, or a model without answers.
 
     Warns where training diverged.
