@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForQuestionAnswering
 
-from sparse_attn import AttentionAverages, collect_averages
+from sparse_attn import AttentionAverages, GlobalMask, collect_averages, collect_probabilities
 from sparse_attn.finetuning import finetune_question_answering
 from sparse_attn.squad import Question, Window, make_windows
 from sparse_attn.squad.evaluation import predict
@@ -30,6 +30,10 @@ def model() -> BertForQuestionAnswering:
         max_position_embeddings=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return BertForQuestionAnswering(config).eval()
+
+
+def mask() -> GlobalMask:
+    return GlobalMask.random(2, 2, 32, sparsity=0.5)
 
 
 def questions() -> list[Question]:
@@ -89,10 +93,13 @@ def main(out: Path) -> None:
     tensors |= _averages("single", collect_averages(model(), batches(1), **quiet))  # nothing for process 1
     own = batches(5)[:3] if rank == 0 else batches(5)[3:]
     tensors |= _averages("own", collect_averages(model(), own, shard=False, max_length=40, **quiet))
+    histogram = collect_probabilities(model(), iter(batches(5)), mask(), **quiet)
+    tensors |= {"histogram.counts": histogram.counts, "histogram.sums": histogram.sums}
     starts, ends = predict(model(), windows(), TOKENIZER.pad_token_id, batch_size=3, **quiet)
     tensors |= {"starts": torch.cat(starts), "ends": torch.cat(ends)}
     failures = {
         "disk": _message(lambda: collect_averages(model(), _failing_on_rank_one(), shard=False, **quiet)),
+        "batch": _message(lambda: collect_probabilities(model(), _failing_on_rank_one(), mask(), shard=False, **quiet)),
         "empty": _message(lambda: collect_averages(model(), [], **quiet)),
         "long": _message(lambda: predict(model(), windows(), TOKENIZER.pad_token_id, pad_to=20, **quiet)),
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sparse_attn import collect_averages
+from sparse_attn import collect_averages, collect_probabilities
 from sparse_attn.distributed import agree, rank_and_world, share_of, sums_over_processes
 from sparse_attn.squad import best_answers, exact_match_and_f1
 from sparse_attn.squad.evaluation import predict
@@ -49,6 +49,13 @@ def test_averages_are_those_of_one_process(processes, name, count, side):
     assert torch.equal(processes[0][0][f"{name}.sums"], processes[1][0][f"{name}.sums"])
 
 
+def test_probabilities_are_counted_as_in_one_process(processes):
+    expected = collect_probabilities(work.model(), work.batches(5), work.mask(), progress=False)
+    for tensors, _ in processes:
+        assert torch.equal(tensors["histogram.counts"], expected.counts)
+        torch.testing.assert_close(tensors["histogram.sums"], expected.sums, atol=0, rtol=1e-6)
+
+
 def test_logits_and_scores_are_those_of_one_process(processes):
     questions, windows = work.questions(), work.windows()
     assert len(windows) > len(questions)
@@ -66,8 +73,9 @@ def test_logits_and_scores_are_those_of_one_process(processes):
 def test_a_failure_reaches_every_process(processes):
     """Nobody is left waiting, and the error keeps its type where it happened."""
     (_, first), (_, second) = processes
-    assert second["disk"] == "OSError: the disk is gone"
-    assert first["disk"] == "RuntimeError: another process failed; its own message says why"
+    for call in ("disk", "batch"):
+        assert second[call] == "OSError: the disk is gone"
+        assert first[call] == "RuntimeError: another process failed; its own message says why"
     for messages in (first, second):
         assert messages["empty"].startswith("ValueError: there was no batch")
     assert first["long"] == "ValueError: a window has 24 tokens, more than pad_to (20); raise pad_to"
