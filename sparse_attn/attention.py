@@ -8,12 +8,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import extension
 from .arguments import expect_flags, expect_numbers, expect_shares, expect_whole
 from .backends import BACKENDS, automatic, reference, usual
-from .layout import SparseLayout
-from .ops import AttentionCall, run
+from .layout import SparseLayout, for_training_too
+from .ops import AttentionCall, run, without_autocast
 from .quantization import QuantizationTable, as_table
 from .validation import batch_tensor, check_call, check_packed_length, check_prepared, packed_length
 
@@ -65,7 +66,8 @@ def sparse_attention(
         key_padding_mask: bool [batch, key_len], false = padding, for padding elsewhere than at the end.
         cu_seqlens: int32 [sequences + 1], cumulative lengths of packed sequences, starting with 0.
         max_length: the longest packed sequence, or more, where the caller knows it; otherwise the call waits for the
-            device to tell. On GPUs it is not checked; output rows beyond it stay uninitialised.
+            device to tell. On GPUs it is not checked, nor is then that `cu_seqlens` ends with the last token; output
+            rows beyond stay uninitialised.
         causal: no query looks at keys after its absolute position.
         query_offset: absolute position of the first query, for decoding with a key-value cache.
         dropout: share of probabilities dropped; the seed comes from torch's generator.
@@ -131,7 +133,8 @@ def attention_probabilities(
     call.layout, call.layout_sizes = _layout_arguments(
         reference, layout, query.shape[-1], query.dtype, call.table, False
     )
-    attended = reference.attend(call, reference.padded_row_numbers(query))
+    with without_autocast(query):
+        attended = reference.attend(call, reference.padded_row_numbers(query))
     return attended.output, attended.used.to(query.dtype)
 
 
@@ -197,11 +200,19 @@ def _layout_arguments(
     if kind not in layout.arguments:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(msg=_NOT_PREPARED)
-        arguments = backend.layout_arguments(layout, head_dim, dtype, table, training)
+        arguments = _compiled(backend, layout, head_dim, dtype, table, training)
         if layout.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.current_stream(layout.device).synchronize()  # calls on other streams read them too
         layout.arguments[kind] = arguments
     return layout.arguments[kind]
+
+
+@for_training_too
+def _compiled(backend: ModuleType, layout: SparseLayout, *kind) -> tuple[list[Tensor], tuple[int, ...]]:
+    """What a backend wants of a layout, as tensors that later calls can use: torch.export traces calls with tensors
+    that hold nothing."""
+    with _disable_current_modes():
+        return backend.layout_arguments(layout, *kind)
 
 
 def _checked_call(

@@ -279,7 +279,7 @@ class GlobalMask:
                 f"collect them from the mask's model with max_length={self.query_len}"
             )
         mass = averages.sums.sum((2, 3))
-        return (averages.sums * self.keep).sum((2, 3)) / torch.where(mass > 0, mass, 1.0)
+        return (averages.sums * self.keep.to(mass.device)).sum((2, 3)) / torch.where(mass > 0, mass, 1.0)
 
     def layout(self, layer: int, device: torch.device | str | None = None) -> SparseLayout:
         """The compiled mask of a layer (0-based) on `device` (default: the CPU), made once and cached."""

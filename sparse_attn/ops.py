@@ -150,6 +150,11 @@ def precision(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def without_autocast(query: Tensor) -> torch.autocast:
+    """Where products have the precision that their factors have, which torch.autocast would lower."""
+    return torch.autocast(query.device.type, enabled=False)
+
+
 def empty_results(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Memory for the output and, where it is wanted, for lse."""
     shape = lse_shape(call.query, call.packed) if call.need_lse else (0,)

@@ -42,9 +42,9 @@ class QuantizationTable:
 
     def __post_init__(self):
         expect_numbers(threshold=self.threshold)
-        if not isinstance(self.levels, tuple):  # a list of them, or an array
-            expect_kind(Iterable, "2 ** bits numbers", levels=self.levels)
-            object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
+        expect_kind(Iterable, "2 ** bits numbers", levels=self.levels)
+        object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))  # of any kind of numbers
+        object.__setattr__(self, "threshold", float(self.threshold))
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold is {self.threshold}, expected a probability strictly between 0 and 1")
         bits = math.log2(len(self.levels)) if self.levels else 0.0
@@ -168,3 +168,7 @@ class _StraightThroughRounding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         return grad_output, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent

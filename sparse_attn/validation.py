@@ -160,8 +160,8 @@ def batch_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], devic
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {expected} with shape {shape}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the query on {device}; expected one device")
-    if tensor.dtype == torch.int64:  # what int32 cannot hold still means all, or none
-        tensor = tensor.clamp(-1, torch.iinfo(torch.int32).max)
+    if not boolean and tensor.dtype != torch.int32:  # what int32 cannot hold still means all, or none
+        tensor = tensor.to(torch.int64).clamp(-1, torch.iinfo(torch.int32).max)
     return (tensor if boolean else tensor.to(torch.int32)).contiguous()
 
 

@@ -240,14 +240,18 @@ def test_shapes_without_elements():
         assert all(one.shape == (batch, 2, length, 16) for one in gradients(tensors, layout, tensors[0], "native"))
 
 
-@pytest.mark.parametrize(("bounds", "promised"), [([0, 40], 8), ([0, 41], 48), ([20, 10], 48), ([-1, 5], 48)])
-def test_a_traced_call_reads_no_memory_but_its_own(bounds, promised, monkeypatch):
+@pytest.mark.parametrize(
+    ("bounds", "promised", "error"),
+    [([0, 40], 8, "max_length is 8"), ([0, 41, 40], 48, "max_length is 48"), ([0, 20, 10, 40], 48, "max_length is 48")]
+    + [(bounds, 48, "end with the number of tokens, 40") for bounds in ([0, 41], [-1, 40], [1, 40], [0, 10, 30])],
+)
+def test_a_traced_call_knows_all_memory_that_it_reads_or_writes(bounds, promised, error, monkeypatch):
     """Nobody looks at cu_seqlens while a call is traced: the kernels' operator does."""
     monkeypatch.setattr("sparse_attn.attention.packed_length", lambda cu_seqlens, max_length, tokens: max_length)
     layout, tensors = random_layout(2, 64, 0.5, "cpu"), random_inputs((40, 2, 16), torch.float32, "cpu")
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     packed = dict(cu_seqlens=cu_seqlens, max_length=promised, backend="native")
-    with pytest.raises(RuntimeError, match=f"max_length is {promised}"):
+    with pytest.raises(RuntimeError, match=error):
         sparse_attention(*tensors, layout, **packed)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_attn import GlobalMask, ops, sparse_attention
+from sparse_attn import GlobalMask, SparseLayout, ops, sparse_attention
 from sparse_attn.attention import attention_probabilities
 from sparse_attn.ops import AttentionCall
 from tests.helpers import DEVICE, backends, gradients, random_inputs, random_layout
@@ -248,3 +248,32 @@ def test_output_strides_fit_transformers(backend, device):
     layout = random_layout(2, 16, 0.5, device)
     output = sparse_attention(*random_inputs((2, 2, 16, 8), torch.float32, device), layout, backend=backend)
     assert output.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("reference", "torch", "native"))
+def test_a_layout_that_an_export_met_first_serves_other_calls(backend, device):
+    layout, tensors = random_layout(2, 16, 0.5, device), random_inputs((1, 2, 16, 8), torch.float32, device)
+    expected = sparse_attention(*tensors, SparseLayout(layout.keep()), backend=backend)
+
+    class Attention(torch.nn.Module):
+        def forward(self, *tensors):
+            return sparse_attention(*tensors, layout, backend=backend)
+
+    exported = torch.export.export(Attention(), tuple(tensors)).module()
+    torch.testing.assert_close(exported(*tensors), expected)
+    torch.testing.assert_close(sparse_attention(*tensors, layout, backend=backend), expected)
+
+
+@pytest.mark.parametrize(("backend", "device"), backends("reference", "torch", "native", "triton"))
+def test_autocast_lowers_no_precision(backend, device):
+    layout, tensors = random_layout(2, 16, 0.5, device), random_inputs((1, 2, 16, 8), torch.float32, device)
+
+    def computed() -> list[torch.Tensor]:
+        output, lse = sparse_attention(*tensors, layout, bits=8, return_lse=True, backend=backend)
+        grads = gradients(tensors, layout, tensors[0], backend, bits=8)
+        return [output, lse, *grads, *attention_probabilities(*tensors, layout, bits=8)]
+
+    expected = computed()
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        inside = computed()
+    assert all(torch.equal(own, true) for own, true in zip(inside, expected, strict=True))

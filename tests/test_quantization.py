@@ -73,10 +73,17 @@ def test_low_precision_is_rounded_as_the_same_numbers_in_float32(dtype, bits):
     assert below.item() < 1e-3 and quantize(below, bits) == 0
 
 
-@pytest.mark.parametrize("levels", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("levels", [list, np.array, torch.tensor, lambda levels: tuple(np.float32(levels))])
 def test_levels_may_come_as_any_sequence(levels):
     table = QuantizationTable(1e-3, levels([0.0, 0.5]))
     assert table == QuantizationTable(1e-3, (0.0, 0.5)) and {table: 1}
+    assert {type(level) for level in table.levels} == {float}  # files take no others
+
+
+def test_rounding_passes_tangents_straight_through():
+    p, tangent = torch.rand(20), torch.randn(20)
+    rounded, passed = torch.func.jvp(lambda p: quantize(p, 3), (p,), (tangent,))
+    assert torch.equal(rounded, quantize(p, 3)) and torch.equal(passed, tangent)
 
 
 def test_bits_may_be_any_integer():

@@ -127,6 +127,10 @@ Element element_of(const Tensor& tensor) {
 
 // Packed sequences as the kernels may take them: a traced call comes unchecked.
 void check_sequences(const int32_t* cu_seqlens, int64_t count, int64_t tokens, int64_t max_length) {
+  STD_TORCH_CHECK(
+      count >= 0 && cu_seqlens[0] == 0 && cu_seqlens[count] == tokens,
+      "cu_seqlens must begin with 0 and end with the number of tokens, ",
+      tokens);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t first = cu_seqlens[i], end = cu_seqlens[i + 1];
     STD_TORCH_CHECK(

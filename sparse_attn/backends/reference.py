@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dropout import dropout_keep
 from ..layout import SparseLayout
-from ..ops import AttentionCall, empty_output, lse_shape, precision, register_backend
+from ..ops import AttentionCall, empty_output, lse_shape, precision, register_backend, without_autocast
 from ..quantization import QuantizationTable, quantize
 
 NAME = "reference"
@@ -41,6 +41,11 @@ def layout_arguments(
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    with without_autocast(call.query):
+        return _forward(call)
+
+
+def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     if not call.packed:
         result = attend(call, padded_row_numbers(call.query))
         output = empty_output(call.query, packed=False).copy_(result.output)
@@ -55,6 +60,11 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(call.query):
+        return _backward(call, grad_output)
+
+
+def _backward(call: AttentionCall, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not call.packed:
         return _gradients(call, padded_row_numbers(call.query), grad_output)
     gradients = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (call.query, call.key, call.value)]

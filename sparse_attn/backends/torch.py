@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..dropout import dropout_keep
 from ..layout import SparseLayout
-from ..ops import AttentionCall, empty_output, lse_shape, register_backend
+from ..ops import AttentionCall, empty_output, lse_shape, register_backend, without_autocast
 from ..quantization import QuantizationTable
 
 NAME = "torch"
@@ -94,6 +94,11 @@ def _sequence_bias(call: AttentionCall, bias: Tensor, index: int | None, rows: i
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    with without_autocast(call.query):
+        return _forward(call)
+
+
+def _forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     output = empty_output(call.query, call.packed).zero_()
     lse_size = lse_shape(call.query, call.packed) if call.need_lse else (0,)
     lse = torch.full(lse_size, float("-inf"), dtype=torch.float32, device=call.query.device)
@@ -160,6 +165,11 @@ def _rounded(log_probabilities: Tensor, table: QuantizationTable) -> Tensor:
 
 
 def backward(call: AttentionCall, output: Tensor, lse: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with without_autocast(call.query):
+        return _backward(call, grad_output)
+
+
+def _backward(call: AttentionCall, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gradients = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (call.query, call.key, call.value)]
     for sequence in _sequences(call):
         if 0 in sequence.bias.shape:
