@@ -90,6 +90,7 @@ def run_step(step: Step, slot: float, log: Path, stop_seconds: float = STOP_SECO
     command = [_filled(word, working) for word in step.command]
     shown = " ".join(_shown(word) for word in command)
     start = time.monotonic()
+    before = {source: _written(source) for source, _ in step.copies}
     with log.open("ab") as output:
         output.write(f"===== {step.name}: {shown}\n".encode())
         output.flush()
@@ -112,7 +113,7 @@ def run_step(step: Step, slot: float, log: Path, stop_seconds: float = STOP_SECO
         slot_seconds=round(slot, 1),
         seconds=round(time.monotonic() - start, 1),
         exit_status=process.returncode,
-        copied=tuple(_copied(step.copies)),
+        copied=tuple(_copied([one for one in step.copies if _written(one[0]) != before[one[0]]])),
         last_lines=tuple(_last_lines(log, beginning)),
     )
 
@@ -193,12 +194,16 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         os.killpg(process.pid, number)
 
 
+def _written(path: Path) -> int | None:
+    """When a file was written; an earlier run's is none of this one."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def _copied(copies: Sequence[tuple[Path, Path]]) -> Iterator[str]:
     for source, target in copies:
-        if source.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            yield f"{_shown(source)} to {_shown(target)}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        yield f"{_shown(source)} to {_shown(target)}"
 
 
 def _reason(status: str, exit_status: int, seconds: float) -> str:

@@ -65,11 +65,11 @@ def make_steps(options: Namespace, device: str) -> list[Step]:
     # Where the package finds it: what is measured next runs with it.
     tuned = ((output / table, TABLES / table),)
     steps = [
-        Step("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), share=16, least=75),
-        Step("tests", _tests_command(), share=24, least=90, environment={"OMP_NUM_THREADS": "1"}),
-        Step("tune", _tune_command(output / table), share=26, least=120, copies=tuned),
+        Step("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), share=16, least=60),
+        Step("tests", _tests_command(), share=24, least=75, environment={"OMP_NUM_THREADS": "1"}),
+        Step("tune", _tune_command(output / table), share=26, least=100, copies=tuned),
         Step("tune-native", _python("tune_native", "--output", output / table), share=9, least=40, copies=tuned),
-        Step("attention", _attention_command(output / "attention.json"), share=30, least=100),
+        Step("attention", _attention_command(output / "attention.json"), share=30, least=90),
         _squad_step("squad", options, options.model, output, 10),
         # A GPU has hardly begun with 32 questions when the next kernel is due.
         _squad_step("squad-shape", options, _SHAPE, output, 10, "--batch-size", "256"),

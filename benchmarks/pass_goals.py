@@ -104,8 +104,8 @@ def _accuracy_goals(results: Results, own: Sequence[Row]) -> Iterator[Reached]:
 
 def long_goals(results: Results) -> Iterator[Reached]:
     """Our fastest pass over long documents against the fastest peer."""
-    own = [row for row in results["rows"] if row["mask"] != "dense"]
-    peers = [row for row in results["rows"] if row["mask"] == "dense"]
+    own = [row for row in results["rows"] if row["variant"].startswith("sparse")]
+    peers = [row for row in results["rows"] if not row["variant"].startswith("sparse")]
     if own and peers:
         best, peer = (min(rows, key=lambda row: row["p50_s"]) for rows in (own, peers))
         name = row_name(best["variant"], best["mask"], bits=best["bits"])

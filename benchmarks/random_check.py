@@ -63,7 +63,9 @@ def check_in_processes(
     none after `end`, and waits for none after `stop`."""
     kinds = [list(cases) for _, cases in itertools.groupby(numbers, kind_number)]
     check_kind = functools.partial(_check_kind, seed=seed, target=target, device=device, end=end)
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(kinds)), initializer=start_worker) as pool:
+    pools = multiprocessing.get_context("spawn")
+    # A process for each kind: one that has broken its device gets no other.
+    with pools.Pool(min(processes, len(kinds)), initializer=start_worker, maxtasksperchild=1) as pool:
         results = pool.imap_unordered(check_kind, kinds)
         for _ in kinds:
             try:
@@ -76,8 +78,6 @@ def check_in_processes(
 def _check_kind(numbers: Sequence[int], seed: int, target: Target, device: torch.device, end: float) -> list[Checked]:
     if time.time() > end:
         return []
-    if _broken(device):
-        sys.exit("the device computes nothing any more for this process; another one takes its place")
     return list(check_many(numbers, seed, target, device, end))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -99,9 +100,7 @@ def tune_forward(tuned: TuningProblem, layouts, measure, table, device: torch.de
 
     bench = Bench(tuned, device, layouts.of(tuned))
     bench.prepare()
-    calls: dict[BlockConfig, Callable] = {config: bench.native_caller(config) for config in CONFIGS}
-    for call in calls.values():
-        bench.compare_outputs(call(), _LIMIT)
+    calls = _right(CONFIGS, bench.native_caller, lambda output: bench.compare_outputs(output, _LIMIT))
     triton_call = bench.caller(choose(bench.problem, device))
     return _measured(calls, triton_call, bench.problem, tuned.name, measure, table)
 
@@ -115,18 +114,38 @@ def tune_training(tuned: TuningProblem, layouts, measure, table, device: torch.d
     kind = (tuned.head_dim, tuned.dtype)
     forward = choose_native(bench.problem, device)
     triton_call = bench.training_caller(triton, lambda layout: triton.layout_arguments(layout, *kind, None, True))
-    calls = {
-        config: bench.training_caller(
-            native_cuda,
-            lambda layout, config=config: native_cuda.configured_arguments(layout, *kind, forward, config),
-        )
-        for config in BACKWARD_CONFIGS
-    }
     expected = triton_call()
-    for call in calls.values():
-        for own, other in zip(call(), expected, strict=True):
+
+    def caller(config: BlockConfig) -> Callable:
+        return bench.training_caller(
+            native_cuda, lambda layout: native_cuda.configured_arguments(layout, *kind, forward, config)
+        )
+
+    def check(gradients) -> None:
+        for own, other in zip(gradients, expected, strict=True):
             compare(own, other, _LIMIT, "the Triton kernel's")
+
+    calls = _right(BACKWARD_CONFIGS, caller, check)
     return _measured(calls, triton_call, problem, f"training-{tuned.name}", measure, table)
+
+
+def _right(
+    configs: Iterable[BlockConfig], caller: Callable[[BlockConfig], Callable], check: Callable[[Any], None]
+) -> dict[BlockConfig, Callable]:
+    """The configurations that compute what `check` takes; says why others do not. Raises the last one's error where
+    none does."""
+    calls, failure = {}, None
+    for config in configs:
+        try:
+            call = caller(config)
+            check(call())
+            calls[config] = call
+        except Exception as error:
+            failure = error
+            print(f"{config.warps} warps, {config.parts} parts: {type(error).__name__}: {error}", file=sys.stderr)
+    if not calls:
+        raise failure
+    return calls
 
 
 def _measured(

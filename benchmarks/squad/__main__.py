@@ -62,6 +62,8 @@ def _run(asked: Setting) -> int:
         else:
             print_header()
         outcomes.append(measure_rows(setting, models))
+        if outcomes[-1].interrupted and (asked.options.seeds > 1 or not outcomes[-1].rows):
+            raise KeyboardInterrupt  # with other seeds to come, these accuracies are none of --seeds
         return outcomes[-1].rows
 
     models, rows = measure_seeds(asked, measure)
@@ -73,6 +75,8 @@ def _run(asked: Setting) -> int:
     if is_first():
         write_results(results, [found.mask for found in models.values() if found.mask is not None], output)
     print(f"{output}: results.json, results.md, results.html and pictures")
+    if outcomes[0].interrupted:
+        raise KeyboardInterrupt
     return int(any(one.failed or one.unwritten is not None for one in outcomes))
 
 

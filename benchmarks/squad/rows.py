@@ -50,6 +50,7 @@ class Outcome:
         absent: what cannot run on this machine: the fields that name a row, and a reason.
         failed: what ended without a result, likewise.
         unwritten: why rows could not be written to the output folder; None if all were.
+        interrupted: whether that ended it before all was measured.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Outcome:
     absent: list[Row] = field(default_factory=list)
     failed: list[Row] = field(default_factory=list)
     unwritten: str | None = None
+    interrupted: bool = False
 
 
 def measure_rows(setting: Setting, models: Mapping[str | None, Models]) -> Outcome:
@@ -66,10 +68,16 @@ def measure_rows(setting: Setting, models: Mapping[str | None, Models]) -> Outco
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="sparse_attn-") as folder:
         bench = _Bench(setting, models, Path(folder), outcome)
-        found = {variant: row for variant in setting.variants if (row := bench.row(variant)) is not None}
-        outcome.rows, outcome.measured = list(found.values()), list(found)
+        found: dict[Variant, Row | None] = {}
+        try:
+            for variant in sorted(setting.variants, key=lambda one: one.compiles):  # what takes minutes comes last
+                found[variant] = bench.row(variant)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+        outcome.measured = [variant for variant in setting.variants if found.get(variant) is not None]
+        outcome.rows = [found[variant] for variant in outcome.measured]
         baseline = outcome.rows[0] if outcome.rows else None
-        for sweep in setting.options.sweep:
+        for sweep in [] if outcome.interrupted else setting.options.sweep:
             swept = swept_variants(sweep, setting.granularities)
             rows = [row for variant in swept if (row := bench.row(variant)) is not None]
             outcome.sweeps.append({"name": sweep.name, "rows": with_speedups(rows, baseline)})

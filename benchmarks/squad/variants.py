@@ -49,6 +49,11 @@ class Variant:
         return self.attention == "sparse"
 
     @property
+    def compiles(self) -> bool:
+        """Whether it compiles for minutes on a CPU."""
+        return self.compiled or self.attention == "flex"
+
+    @property
     def label(self) -> str:
         """The name, with mask and bits if there are any."""
         sparsity = None if self.sparsity is None else f"{self.sparsity:g} pruned"
@@ -63,6 +68,7 @@ PEERS = (
     Variant("sdpa-unpadded", "packed", "none"),
     Variant("flash-unpadded", "flash", "none"),
     Variant("compiled", "sdpa", "longest", compiled=True),
+    Variant("compiled-unpadded", "packed", "none", compiled=True),
     Variant("flex", "flex", "longest"),
 )
 OURS = (
@@ -78,10 +84,10 @@ NAMES = [
     *(name for ours in OURS for name in (ours.name, ours.name + ROUNDED)),
 ]
 DEFAULT = [
-    "eager-padded", "sdpa-padded", "sdpa-sorted", "sdpa-unpadded", "flash-unpadded", "compiled", "flex",
-    "sparse-padded", "sparse-unpadded", "sparse-unpadded" + ROUNDED, "sparse-compiled",
+    "eager-padded", "sdpa-padded", "sdpa-sorted", "sdpa-unpadded", "flash-unpadded", "compiled",
+    "compiled-unpadded", "flex", "sparse-padded", "sparse-unpadded", "sparse-unpadded" + ROUNDED, "sparse-compiled",
 ]  # fmt: skip
-COMPILED = ("compiled", "flex", "sparse-compiled")  # left out on a CPU unless asked for: they compile for minutes
+COMPILED = [one.name for one in (*PEERS, *OURS) if one.compiles]  # left out on a CPU unless asked for
 
 
 def default_names(device_type: str) -> list[str]:

@@ -101,6 +101,16 @@ except KeyboardInterrupt:
     assert ends_soon(Path(f"/proc/{copy.read_text()}/stat"))
 
 
+def test_a_file_of_an_earlier_run_is_none_of_this_one(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text("{}")
+    copies = tuple((source, source.with_suffix(".copy")) for source in (old, new))
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{}'); sys.exit(1)"
+    outcome = run_step(Step("fails", python(write, str(new)), copies=copies), 20.0, tmp_path / LOG)
+    assert outcome.status == FAILED and len(outcome.copied) == 1
+    assert not old.with_suffix(".copy").exists() and new.with_suffix(".copy").exists()
+
+
 def test_unused_time_goes_to_later_steps(tmp_path):
     steps = [Step("first", python("pass")), Step("second", python("pass"), share=3)]
     first, second = run_steps(steps, 40.0, tmp_path)
@@ -156,6 +166,7 @@ def test_the_commands_of_the_suite_exist(tmp_path, monkeypatch):
     steps = gpu_suite.make_steps(options, "Some GPU")
     assert [step.name for step in steps] == list(gpu_suite.NAMES) and not any(step.skipped for step in steps)
     assert all(step.least >= 40 for step in steps)
+    assert sum(step.least for step in usual) < 60 * 9.5, "of ten minutes, and its start"
     commands = {step.name: step.command for step in steps}
     assert commands["build"][1] == "setup.py" and commands["tests"][2] == "pytest"
     for step in steps:

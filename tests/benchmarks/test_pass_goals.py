@@ -64,6 +64,9 @@ def test_long_documents_and_collections():
     (one,) = long_goals({"rows": rows})
     assert (one.what, one.figure, one.met) == ("sparse, tile against sdpa", "2.00x", True)
     assert list(long_goals({"rows": rows[:2]})) == []
+    flex = {"variant": "flex", "mask": "tile", "bits": None, "p50_s": 2.2}
+    (one,) = long_goals({"rows": [*rows, flex]})
+    assert (one.what, one.figure, one.met) == ("sparse, tile against flex", "1.10x", False)
     ways = [
         {"model": "m", "batches": kind, "way": way, "median_s": seconds}
         for kind, plain in (("padded", 4.0), ("sorted", 3.9))

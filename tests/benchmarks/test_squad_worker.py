@@ -217,7 +217,13 @@ def test_peers_come_first_and_then_ours_mask_by_mask():
     rows = table_variants(NAMES, ["element", "tile"], 3)
     assert [(row.name, row.granularity, row.bits) for row in rows] == [
         *((name, None, None) for name in ("eager-padded", "sdpa-padded", "sdpa-sorted", "sdpa-unpadded")),
-        *(("flash-unpadded", None, None), ("compiled", None, None), ("flex", "element", None), ("flex", "tile", None)),
+        *(
+            ("flash-unpadded", None, None),
+            ("compiled", None, None),
+            ("compiled-unpadded", None, None),
+            ("flex", "element", None),
+            ("flex", "tile", None),
+        ),
         *(
             (f"sparse-{kind}", granularity, bits)
             for granularity in ("element", "tile")
@@ -234,5 +240,6 @@ def test_peers_come_first_and_then_ours_mask_by_mask():
 
 
 def test_a_cpu_leaves_out_what_compiles_for_minutes():
-    assert set(default_names("cuda")) - set(default_names("cpu")) == {"compiled", "flex", "sparse-compiled"}
+    left_out = {"compiled", "compiled-unpadded", "flex", "sparse-compiled"}
+    assert set(default_names("cuda")) - set(default_names("cpu")) == left_out
     assert set(default_names("cuda")) < set(NAMES)

@@ -82,3 +82,22 @@ def test_without_a_gpu_there_is_one_line(capsys):
     assert tune_native.main([]) == 2
     error = capsys.readouterr().err
     assert error.startswith("benchmarks.tune_native: error: no GPU is available") and error.count("\n") == 1
+
+
+def test_a_cut_that_fails_leaves_the_others(capsys):
+    good, bad = tune_native.CONFIGS[:2]
+
+    def caller(config):
+        if config == bad:
+            raise RuntimeError("too many resources requested for launch")
+        return lambda: config
+
+    def check(output):
+        if output != good:
+            raise Wrong("is off")
+
+    assert list(tune_native._right(tune_native.CONFIGS, caller, check)) == [good]
+    said = capsys.readouterr().err
+    assert "too many resources" in said and said.count("is off") == len(tune_native.CONFIGS) - 2
+    with pytest.raises(RuntimeError, match="too many resources"):
+        tune_native._right([bad], caller, check)
