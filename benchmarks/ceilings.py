@@ -1,6 +1,6 @@
 """What the machine can do at most, measured in the same run: bytes copied and floating-point operations a second.
 
-A floor is the time that a ceiling leaves: no kernel that moves as many bytes, or multiplies as much, is faster.
+A floor is the time that a ceiling leaves to a kernel that moves as many bytes, or multiplies as much, at these rates.
 """
 
 from __future__ import annotations

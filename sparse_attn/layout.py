@@ -110,6 +110,12 @@ class SparseLayout:
     def __deepcopy__(self, memo: dict) -> SparseLayout:
         return self  # read-only: copies of a patched model share it
 
+    def __getstate__(self) -> dict:
+        return {"source": self._source}  # lists are made again where the file is read, which may lack this device
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["source"])
+
     @for_training_too
     def lists(self, rows: int = 16, transposed: bool = False, split: bool = False) -> ColumnLists:
         """The column lists for groups of `rows` queries (16, 32, 64 or 128).

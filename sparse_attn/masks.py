@@ -243,6 +243,9 @@ class GlobalMask:
     def __deepcopy__(self, memo: dict) -> GlobalMask:
         return self  # read-only: copies of a patched model share it
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_layouts": {}}  # of devices that a file's reader may lack
+
     def __and__(self, other: GlobalMask) -> GlobalMask:
         return self._combined(other, torch.logical_and)
 

@@ -60,6 +60,11 @@ class SparseAttentionState(nn.Module):
         self.onednn: bool | None = None
         self.follow(weight)
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.device = self.first.device  # a file's reader may lack the one that it was on
+        self._prepare()
+
     def follow(self, weight: Tensor) -> None:
         """Compiles what the backend needs for a weight's device and dtype now, not inside a traced forward pass."""
         self.layouts = {layer: self.mask.layout(layer, weight.device) for layer in self.layers}

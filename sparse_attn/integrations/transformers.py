@@ -158,7 +158,8 @@ def patched(
         yield model
     finally:
         if before is None:
-            unpatch(model)
+            if is_patched(model):
+                unpatch(model)
         else:
             mask, tables, backend, unpad, onednn = before
             patch_model(model, mask, tables, backend=backend, unpad=unpad, onednn=onednn)

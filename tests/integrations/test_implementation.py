@@ -1,6 +1,7 @@
 """Which attention transformers runs in a model: set, given back, never that of another model with the same config."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import (
 from transformers.masking_utils import causal_mask_function
 from transformers.models.bert import modeling_bert
 
-from sparse_attn import GlobalMask, collect_averages, is_patched, patch_bert, unpatch
+from sparse_attn import GlobalMask, collect_averages, is_patched, patch_bert, patched, unpatch
 from sparse_attn.integrations import routing
 from tests.helpers import DEVICE
 from tests.integrations.conftest import close, inputs_of, run, small_config
@@ -160,3 +161,22 @@ def test_a_callers_padding_mask_may_change_between_passes(model):
         mask[:] = torch.arange(20, device=DEVICE) < length
         fresh = inputs | {"attention_mask": mask.clone()}
         close(run(model, inputs).last_hidden_state, run(model, fresh).last_hidden_state, fresh)
+
+
+def test_a_pickled_model_waits_for_no_device_that_its_reader_may_lack(model):
+    """As if it had been on a GPU: its layouts' device is none that weights can come back from."""
+    inputs, weights = inputs_of(), copy.deepcopy(model.state_dict())
+    expected = run(patch_bert(model, MASK), inputs).last_hidden_state
+    read = pickle.loads(pickle.dumps(model.to("meta")))
+    states = [module for module in read.modules() if isinstance(module, routing.SparseAttentionState)]
+    assert {state.device.type for state in states} == {"cpu"} and not states[0].mask._layouts
+    read.to_empty(device=DEVICE).load_state_dict(weights)
+    read.embeddings.position_ids = torch.arange(read.embeddings.position_ids.shape[1], device=DEVICE)[None]
+    read.embeddings.token_type_ids = torch.zeros_like(read.embeddings.position_ids)
+    torch.testing.assert_close(run(read.eval(), inputs).last_hidden_state, expected)
+
+
+def test_a_model_may_be_unpatched_within_the_block_that_patched_it(model):
+    with patched(model, MASK):
+        unpatch(model)
+    assert not is_patched(model)
