@@ -113,7 +113,7 @@ def run_step(step: Step, slot: float, log: Path, stop_seconds: float = STOP_SECO
         slot_seconds=round(slot, 1),
         seconds=round(time.monotonic() - start, 1),
         exit_status=process.returncode,
-        copied=tuple(_copied([one for one in step.copies if _written(one[0]) != before[one[0]]])),
+        copied=tuple(_copied([one for one in step.copies if _written(one[0]) not in (None, before[one[0]])])),
         last_lines=tuple(_last_lines(log, beginning)),
     )
 
